@@ -1,0 +1,1 @@
+"""What the tasks do, one idea a module; data goes one way: settings, fetch, build, smoke, release."""

@@ -1,0 +1,183 @@
+"""Every failure a user can meet: a name, an exit code, and what to do next.
+
+They are Invoke's ``Exit``, so Invoke prints the message on stderr and leaves with the code; no task catches them.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from invoke.exceptions import Exit
+
+
+class PipelineError(Exit):
+    """A failure with a remedy: ``what`` happened, the ``remedy``, and optional ``details`` (last lines of a log)."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, remedy: str, details: str = "") -> None:
+        self.what = what
+        self.remedy = remedy
+        self.details = details
+        parts = [details.rstrip(), f"{type(self).__name__}: {what}", f"  -> {remedy}"]
+        super().__init__("\n".join(part for part in parts if part), type(self).exit_code)
+
+
+class SettingRefused(PipelineError):
+    """A setting is unknown, or its value is impossible."""
+
+    exit_code = 10
+
+
+class NoEngine(PipelineError):
+    """Neither podman nor docker answers on this machine."""
+
+    exit_code = 12
+
+
+class EngineBroken(PipelineError):
+    """An engine is there but cannot run a container."""
+
+    exit_code = 13
+
+
+class EngineLost(PipelineError):
+    """The engine went away in the middle of its work."""
+
+    exit_code = 14
+
+
+class SetupFailed(PipelineError):
+    """What this machine lacks could not be installed."""
+
+    exit_code = 15
+
+
+class ToolMissing(PipelineError):
+    """A program or Python package that this task needs is not installed."""
+
+    exit_code = 16
+
+
+class GitHostUnreachable(PipelineError):
+    """The git host does not answer, or stopped answering in the middle of a transfer."""
+
+    exit_code = 20
+
+
+class NoSuchRepository(PipelineError):
+    """The host answers, and has no such repository, or not for us."""
+
+    exit_code = 21
+
+
+class NoSuchRef(PipelineError):
+    """The repository has no such branch, tag or commit."""
+
+    exit_code = 22
+
+
+class NotOpenAgents(PipelineError):
+    """What was fetched has no ``.opencode/`` with agents in it."""
+
+    exit_code = 23
+
+
+class LocalEdits(PipelineError):
+    """``vendor/OpenAgents`` holds edits that a fetch would throw away."""
+
+    exit_code = 24
+
+
+class VendorUnusable(PipelineError):
+    """``vendor/`` is read-only, leads out of the repository, or is not a directory."""
+
+    exit_code = 25
+
+
+class DiskFull(PipelineError):
+    """No space is left where the work is done."""
+
+    exit_code = 26
+
+
+class BaseUnavailable(PipelineError):
+    """``node:20-slim`` can be neither pulled nor made here."""
+
+    exit_code = 30
+
+
+class BuildFailed(PipelineError):
+    """A step of the Containerfile failed."""
+
+    exit_code = 31
+
+
+class ContainerfileRefused(PipelineError):
+    """The engine cannot read the Containerfile."""
+
+    exit_code = 32
+
+
+class ConfigRefused(PipelineError):
+    """``config.json`` is not JSON, or has a key OpenCode does not know."""
+
+    exit_code = 33
+
+
+class NothingFetched(PipelineError):
+    """``vendor/OpenAgents`` is missing or half there."""
+
+    exit_code = 34
+
+
+class LockBroken(PipelineError):
+    """A file in ``locks/`` is missing or does not say what it must, or a download does not match it."""
+
+    exit_code = 35
+
+
+class NoSuchImage(PipelineError):
+    """The image to smoke is not on this machine."""
+
+    exit_code = 40
+
+
+class ServerDied(PipelineError):
+    """The container started and ended before it answered."""
+
+    exit_code = 41
+
+
+class ServerSilent(PipelineError):
+    """The server does not answer ``/config`` with 200 within the deadline."""
+
+    exit_code = 42
+
+
+class SmokeFailed(PipelineError):
+    """One or more probes failed."""
+
+    exit_code = 43
+
+
+class PortTaken(PipelineError):
+    """The port asked for is in use."""
+
+    exit_code = 44
+
+
+class ChecksFailed(PipelineError):
+    """Lint or tests found something."""
+
+    exit_code = 50
+
+
+class Interrupted(PipelineError):
+    """Ctrl-C or SIGTERM; exit code 128 + the signal's number, as a shell would report it."""
+
+    exit_code = 130
+
+    def __init__(self, signal_name: str, signal_number: int) -> None:
+        super().__init__(f"{signal_name} received", "Nothing was left running; the same command may be run again.")
+        self._code = 128 + signal_number

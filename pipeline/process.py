@@ -1,0 +1,160 @@
+"""The one subprocess call: an argv in, what it said and how long it took out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+from pipeline.errors import Interrupted, ToolMissing
+
+GRACE_SECONDS = 10.0
+"""How long a child may take to end after SIGTERM before it is killed."""
+
+echo = False
+"""Whether each command is printed on stderr first; ``inv -e`` sets it."""
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A finished command: ``code`` is its exit code, negative for a signal; ``seconds`` is wall time."""
+
+    argv: tuple[str, ...]
+    code: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether it ended with 0."""
+        return self.code == 0
+
+    @property
+    def said(self) -> str:
+        """The last thing it said, stderr first: what an error message quotes."""
+        return (self.stderr.strip() or self.stdout.strip())[-4000:]
+
+
+def run(  # noqa: PLR0913 -- the one call has the one list of options
+    argv: Sequence[str],
+    *,
+    on_line: Callable[[str], None] | None = None,
+    timeout: float | None = None,
+    stdin: bytes | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: str | os.PathLike[str] | None = None,
+    terminal: bool = False,
+    tail: int = 200,
+) -> Completed:
+    """Run ``argv`` to its end; never raises for an exit code.
+
+    ``on_line`` gets each line of stdout and stderr together as it comes; then ``stdout`` keeps the last ``tail``
+    lines. Without it both are captured whole. ``env`` is added to ours. The child gets a process group of its own,
+    so that Ctrl-C reaches it only through us; ``terminal`` leaves it in ours and lets it talk to the terminal itself
+    (sudo asks for a password there). Whatever ends this call early ends the child and its group first.
+
+    Raises ToolMissing when there is no such program, and subprocess.TimeoutExpired after ``timeout`` seconds.
+    """
+    if echo:
+        print(f"+ {shlex.join(argv)}", file=sys.stderr, flush=True)
+    began = time.monotonic()
+    piped = None if terminal else subprocess.PIPE
+    try:
+        child = subprocess.Popen(
+            argv,
+            stdin=None if terminal else subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+            stdout=piped,
+            stderr=subprocess.STDOUT if on_line else piped,
+            env={**os.environ, **env} if env else None,
+            cwd=cwd,
+            process_group=None if terminal else 0,
+        )
+    except (FileNotFoundError, PermissionError) as error:
+        raise ToolMissing(
+            f"{argv[0]} cannot be run: {error.strerror}", f"Install {argv[0]}, or put it on PATH."
+        ) from error
+    try:
+        if on_line:
+            stdout, stderr = _follow(child, on_line, timeout, tail), ""
+        else:
+            out, err = child.communicate(stdin, timeout=timeout)
+            stdout, stderr = (out or b"").decode(errors="replace"), (err or b"").decode(errors="replace")
+    except BaseException:
+        _end(child, group=not terminal)
+        raise
+    return Completed(tuple(argv), child.returncode, stdout, stderr, time.monotonic() - began)
+
+
+def _follow(child: subprocess.Popen[bytes], on_line: Callable[[str], None], timeout: float | None, tail: int) -> str:
+    last: deque[str] = deque(maxlen=tail)
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        _signal(child, signal.SIGKILL, group=True)
+
+    timer = threading.Timer(timeout, expire) if timeout else None
+    if timer:
+        timer.daemon = True
+        timer.start()
+    try:
+        assert child.stdout is not None  # noqa: S101 -- Popen was told to pipe it
+        for raw in child.stdout:
+            line = raw.decode(errors="replace").rstrip()
+            last.append(line)
+            on_line(line)
+        child.wait()
+    finally:
+        if timer:
+            timer.cancel()
+    if expired.is_set():
+        raise subprocess.TimeoutExpired(child.args, timeout or 0, "\n".join(last))
+    return "\n".join(last)
+
+
+def _signal(child: subprocess.Popen[bytes], number: int, *, group: bool) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        if group:
+            os.killpg(child.pid, number)
+        else:
+            child.send_signal(number)
+
+
+def _end(child: subprocess.Popen[bytes], *, group: bool) -> None:
+    _signal(child, signal.SIGTERM, group=group)
+    try:
+        child.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        _signal(child, signal.SIGKILL, group=group)
+        child.wait()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn SIGINT, SIGTERM and SIGHUP into ``Interrupted``, so that every ``finally`` and ``with`` runs first.
+
+    A second signal while those run is ignored: they are bounded, and what they remove must be removed.
+    """
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        for each in handled:
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(signal.Signals(number).name, number)
+
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,101 @@
+"""Settings: read from ``invoke.yaml`` and what overrides it, validated once, frozen after that."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import SettingRefused
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository."""
+
+BUILD = ROOT / "build"
+"""What the tasks write down: records, reports, summaries. Never committed."""
+
+_INVOKE_OWN = frozenset({"run", "runners", "sudo", "tasks", "timeouts"})
+_INVOKE_OWN_ENV = ("INVOKE_RUN_", "INVOKE_SUDO_", "INVOKE_TASKS_", "INVOKE_TIMEOUTS_", "INVOKE_RUNNERS_")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Base(_Section):
+    """Where ``node:20-slim`` comes from."""
+
+    mirrors: tuple[str, ...] = ()
+    make: Literal["auto", "never", "always"] = "auto"
+    debian_mirror: str = ""
+
+
+class OpenAgents(_Section):
+    """What is fetched instead of the pin."""
+
+    url: str = ""
+    ref: str = ""
+
+
+class Network(_Section):
+    """How patient fetches are."""
+
+    attempts: int = Field(3, ge=1, le=20)
+    stall_seconds: int = Field(30, ge=1, le=3600)
+
+
+class Smoke(_Section):
+    """How patient the smoke test is, in seconds, and its port (0: a free one)."""
+
+    ready_seconds: float = Field(60, gt=0, le=3600)
+    request_seconds: float = Field(5, gt=0, le=60)
+    port: int = Field(0, ge=0, le=65535)
+
+
+class Settings(_Section):
+    """Every setting; ``invoke.yaml`` says what each means."""
+
+    engine: Literal["auto", "podman", "docker"] = "auto"
+    image: str = Field("opencode-server", pattern=r"^[a-z0-9]+([._/-][a-z0-9]+)*$")
+    ca: str = ""
+    base: Base = Base()
+    openagents: OpenAgents = OpenAgents()
+    network: Network = Network()
+    smoke: Smoke = Smoke()
+
+
+def load(config: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Settings:
+    """Return the settings in Invoke's merged ``config``; ``environ`` is only searched for misspelt ``INVOKE_*``.
+
+    Raises SettingRefused, naming each key that is unknown or has an impossible value.
+    """
+    _refuse_unknown_variables(environ)
+    try:
+        return Settings.model_validate({key: value for key, value in config.items() if key not in _INVOKE_OWN})
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise SettingRefused("; ".join(faults), "invoke.yaml lists every setting with what it may be.") from error
+
+
+def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+    known = set(_variables(Settings))
+    for name in sorted(environ):
+        if name.startswith("INVOKE_") and not name.startswith(_INVOKE_OWN_ENV) and name not in known:
+            raise SettingRefused(
+                f"{name} is no setting", f"It may be one of {', '.join(sorted(known))}; unset it or correct it."
+            )
+
+
+def _variables(section: type[BaseModel], prefix: str = "INVOKE") -> list[str]:
+    names = []
+    for name, field in section.model_fields.items():
+        variable = f"{prefix}_{name.upper()}"
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            names += _variables(inner, variable)
+        else:
+            names.append(variable)
+    return names
