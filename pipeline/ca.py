@@ -1,0 +1,62 @@
+"""Certificate authorities that this network needs besides the public ones.
+
+Offices and clouds that intercept TLS hand their machines a CA; a fresh container does not have it, and npm and pip
+fail in it. The stages of the Containerfile that fetch copy ``vendor/ca/``; the stages that stay never do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.errors import SettingRefused
+from pipeline.settings import ROOT
+
+VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "PIP_CERT")
+STAGED = ROOT / "vendor" / "ca" / "extra.crt"
+
+_PEM = re.compile(r"-----BEGIN CERTIFICATE-----\s+([A-Za-z0-9+/=\s]+?)\s+-----END CERTIFICATE-----")
+
+
+def source(setting: str, environ: Mapping[str, str] = os.environ) -> tuple[str, Path] | None:
+    """Return which setting or variable names a bundle, and the bundle. Raises SettingRefused when it cannot be read."""
+    named = [("ca", setting)] if setting else [(name, environ[name]) for name in VARIABLES if environ.get(name)]
+    for name, value in named:
+        path = Path(value).expanduser()
+        if not os.access(path, os.R_OK) or not path.is_file():
+            raise SettingRefused(f"{name} names {path}, which cannot be read", "Correct it, or unset it.")
+        return name, path
+    return None
+
+
+def certificates(pem: str) -> dict[str, str]:
+    """Return the certificates in ``pem``: base64 body without white space, to the block as it stands."""
+    return {"".join(match[1].split()): match[0] for match in _PEM.finditer(pem)}
+
+
+def extra(setting: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the certificates of the bundle that are not among Mozilla's public ones (those of certifi)."""
+    import certifi
+
+    found = source(setting, environ)
+    if not found:
+        return {}
+    public = certificates(Path(certifi.where()).read_text())
+    ours = certificates(found[1].read_text(errors="replace"))
+    return {body: block for body, block in ours.items() if body not in public}
+
+
+def stage(setting: str, environ: Mapping[str, str] = os.environ, staged: Path = STAGED) -> int:
+    """Write the extra certificates where the Containerfile's fetching stages find them; return how many.
+
+    The file is left untouched when it says the same already, since an engine's cache looks at its time too.
+    """
+    blocks = list(extra(setting, environ).values())
+    text = "".join(f"{block}\n" for block in blocks)
+    if (staged.read_text() if staged.exists() else "") != text:
+        draft = staged.with_suffix(".part")
+        draft.write_text(text)
+        draft.replace(staged)
+    return len(blocks)

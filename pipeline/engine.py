@@ -1,0 +1,356 @@
+"""podman and docker: argv builders, and which of the two answers here.
+
+Every difference between the two lives in this module and nowhere else. Builders are pure and return an argv;
+``Engine.ask`` runs one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import struct
+import tarfile
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline import process
+from pipeline.errors import EngineBroken, NoEngine, NoSuchImage
+from pipeline.settings import BUILD
+
+Name = Literal["podman", "docker"]
+
+PROOF_IMAGE = "opencode-server-proof:1"
+LIMITS = (("nofile", resource.RLIMIT_NOFILE), ("nproc", resource.RLIMIT_NPROC))
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine that answers, with the flags it needs on this machine.
+
+    ``store`` is the directory of its images, empty when that is on another machine or not ours to read.
+    ``flags`` go before the sub-command, ``limits`` on each ``run`` and ``build``.
+    """
+
+    name: Name
+    program: str
+    version: str
+    store: str = ""
+    flags: tuple[str, ...] = ()
+    limits: tuple[str, ...] = ()
+    buildkit: bool = False
+
+    @property
+    def podman(self) -> bool:
+        """Whether this is podman."""
+        return self.name == "podman"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What to add to the environment of its client."""
+        return {} if self.podman else {"DOCKER_BUILDKIT": "1" if self.buildkit else "0"}
+
+    def local(self, name: str) -> str:
+        """Return the reference of an image that was made here: podman keeps those under ``localhost/``."""
+        if "@" in name or name.startswith("sha256:"):
+            return name
+        tagged = name if ":" in name.rsplit("/", 1)[-1] else f"{name}:latest"
+        return f"localhost/{tagged}" if self.podman and "/" not in tagged else tagged
+
+    def argv(self, *words: str) -> list[str]:
+        """Return a command of this engine."""
+        return [self.program, *self.flags, *words]
+
+    def build(  # noqa: PLR0913 -- a build has this many parts
+        self,
+        context: Path,
+        *,
+        tag: str,
+        containerfile: Path,
+        iidfile: Path | None = None,
+        target: str = "",
+        build_args: Mapping[str, str] | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> list[str]:
+        """Build ``context`` into an image called ``tag``, writing its ID to ``iidfile``."""
+        words = ["build", "--file", str(containerfile), "--tag", self.local(tag)]
+        if iidfile:
+            words += ["--iidfile", str(iidfile)]
+        if target:
+            words += ["--target", target]
+        for key, value in (build_args or {}).items():
+            words += ["--build-arg", f"{key}={value}"]
+        for key, value in (labels or {}).items():
+            words += ["--label", f"{key}={value}"]
+        if self.podman:
+            # The OCI format has no HEALTHCHECK and drops it. Stages run one after the other unless told otherwise.
+            words += ["--format", "docker", "--jobs", "4", *self.limits]
+        elif self.buildkit:
+            words += ["--progress", "plain"]
+        return self.argv(*words, str(context))
+
+    def run(  # noqa: PLR0913 -- likewise
+        self,
+        image: str,
+        *command: str,
+        name: str,
+        env: Sequence[str] = (),
+        publish: str = "",
+        network: str = "",
+        labels: Mapping[str, str] | None = None,
+        entrypoint: str = "",
+        keep: bool = True,
+    ) -> list[str]:
+        """Start a container in the background; ``keep=False`` waits for it and removes it.
+
+        ``env`` holds names only, or name=value for what is no secret: a value on the command line shows in ``ps``.
+        """
+        words = ["run", "--name", name, *self.limits]
+        words.append("--detach" if keep else "--rm")
+        for variable in env:
+            words += ["--env", variable]
+        if publish:
+            words += ["--publish", publish]
+        if network:
+            words += ["--network", network]
+        for key, value in (labels or {}).items():
+            words += ["--label", f"{key}={value}"]
+        if entrypoint:
+            words += ["--entrypoint", entrypoint]
+        return self.argv(*words, image, *command)
+
+    def exec(self, container: str, *command: str, env: Sequence[str] = ()) -> list[str]:
+        """Run a command in a running container."""
+        return self.argv("exec", *(word for variable in env for word in ("--env", variable)), container, *command)
+
+    def import_(self, tar: Path, tag: str, changes: Sequence[str] = ()) -> list[str]:
+        """Make an image of one layer out of a root filesystem."""
+        words = [word for change in changes for word in ("--change", change)]
+        return self.argv("import", *words, str(tar), self.local(tag))
+
+    def pull(self, reference: str) -> list[str]:
+        """Pull an image; a short name means Docker Hub, as it does to docker, whatever podman's short names say."""
+        return self.argv("pull", f"docker://{reference}" if self.podman else reference)
+
+    def remove_container(self, name: str) -> list[str]:
+        """Remove a container with its anonymous volumes, running or not, without waiting for it to end."""
+        return self.argv("rm", "--force", "--volumes", *(["--time", "0"] if self.podman else []), name)
+
+    def healthcheck(self, container: str, command: str) -> list[str]:
+        """Run the image's own health check now. docker has no word for that: its ``command`` is run as docker does."""
+        if self.podman:
+            return self.argv("healthcheck", "run", container)
+        return self.exec(container, "/bin/sh", "-c", command)
+
+    def ask(
+        self, argv: Sequence[str], *, timeout: float | None = None, env: Mapping[str, str] | None = None
+    ) -> process.Completed:
+        """Run one of the commands above."""
+        return process.run(argv, timeout=timeout, env={**self.env, **(env or {})})
+
+    def follow(self, argv: Sequence[str], on_line: Callable[[str], None]) -> process.Completed:
+        """Run one of the commands above, handing on its output line by line."""
+        return process.run(argv, on_line=on_line, env=self.env)
+
+    def image(self, reference: str) -> dict[str, Any] | None:
+        """Return what ``image inspect`` says of an image, or None when there is no such image here."""
+        done = self.ask(self.argv("image", "inspect", reference))
+        return json.loads(done.stdout)[0] if done.ok else None
+
+    def image_id(self, reference: str) -> str:
+        """Return the ID of an image, without ``sha256:``. Raises NoSuchImage."""
+        done = self.ask(self.argv("image", "inspect", "--format", "{{.Id}}", reference))
+        if not done.ok:
+            raise NoSuchImage(f"{self.name} has no image {reference}", "Build it first: inv fetch build.")
+        return done.stdout.strip().removeprefix("sha256:")
+
+    def tag(self, source: str, *names: str) -> None:
+        """Give an image more names. Raises EngineBroken."""
+        for name in names:
+            done = self.ask(self.argv("tag", source, self.local(name)))
+            if not done.ok:
+                raise EngineBroken(f"{self.name} cannot tag {source} as {name}", "See what it said.", done.said)
+
+
+def find(setting: str = "auto") -> Engine:
+    """Return the engine that ``setting`` (auto, podman or docker) names, with the flags it needs here.
+
+    Raises NoEngine when none answers, EngineBroken when one answers but can start no container.
+    """
+    names: list[Name] = ["podman", "docker"] if setting == "auto" else [setting]  # type: ignore[list-item]
+    why, broken = [], None
+    for name in names:
+        found, reasons = look(name)
+        why += reasons
+        if found:
+            try:
+                return adapt(found)
+            except EngineBroken as error:
+                broken = broken or error
+    if broken:
+        raise broken
+    raise NoEngine(
+        "; ".join(why), "Install one with: inv setup. If docker is installed, its daemon may need to be started."
+    )
+
+
+def look(name: Name) -> tuple[Engine | None, list[str]]:
+    """Ask each program called ``name`` on PATH; return the first that answers, and why the others do not.
+
+    A docker client without a daemon is not an engine; and of two clients of one daemon, the one that can do BuildKit
+    is taken: since 23.0 that needs buildx, which distributions package apart.
+    """
+    programs = _programs(name)
+    if not programs:
+        return None, [f"{name} is not installed"]
+    answers, why = [], []
+    for program in programs:
+        ask = _look_podman if name == "podman" else _look_docker
+        found = ask(program)
+        if isinstance(found, Engine):
+            answers.append(found)
+        else:
+            why.append(f"{program}: {found}")
+    answers.sort(key=lambda engine: not engine.buildkit)
+    return (answers[0] if answers else None), why
+
+
+def _programs(name: str) -> list[str]:
+    found: dict[Path, str] = {}
+    for directory in os.get_exec_path():
+        program = shutil.which(name, path=directory)
+        if program:
+            found.setdefault(Path(program).resolve(), program)
+    return list(found.values())
+
+
+def _look_podman(program: str) -> Engine | str:
+    done = process.run([program, "info", "--format", "json"], timeout=30)
+    if not done.ok:
+        return done.said.splitlines()[-1] if done.said else f"exit code {done.code}"
+    info = json.loads(done.stdout)
+    remote = info["host"].get("serviceIsRemote", False)
+    return Engine("podman", program, info["version"]["Version"], "" if remote else info["store"]["graphRoot"])
+
+
+def _look_docker(program: str) -> Engine | str:
+    done = process.run([program, "info", "--format", "{{json .}}"], timeout=30)
+    info = json.loads(done.stdout) if done.stdout.strip().startswith("{") else {}
+    if not info.get("ServerVersion"):
+        errors = info.get("ServerErrors") or done.said.splitlines()
+        return errors[-1] if errors else "no daemon answers"
+    plugins = {plugin["Name"] for plugin in (info.get("ClientInfo") or {}).get("Plugins") or []}
+    client = process.run([program, "version", "--format", "{{.Client.Version}}"], timeout=30).stdout
+    buildkit = "buildx" in plugins or int(client.split(".")[0] or 0) < 23  # noqa: PLR2004 -- see look()
+    root = info.get("DockerRootDir", "")
+    return Engine("docker", program, info["ServerVersion"], root if os.access(root, os.R_OK) else "", buildkit=buildkit)
+
+
+def adaptations(engine: Engine) -> list[Engine]:
+    """Return ``engine`` as it is, then with each set of flags that awkward machines need, mildest first.
+
+    crun refuses hybrid cgroups, where runc works. Without CAP_SYS_RESOURCE podman cannot raise limits to its
+    defaults (``setrlimit RLIMIT_NPROC: Operation not permitted``): it is asked for no more than we have.
+    """
+    if not engine.podman:
+        return [engine]
+    limits: list[str] = []
+    for name, number in LIMITS:
+        hard = resource.getrlimit(number)[1]
+        # podman itself lowers nproc to 32768 and nofile's default differs by version; 16384 is below all of them.
+        value = 16384 if hard == resource.RLIM_INFINITY else min(hard, 16384)
+        limits += ["--ulimit", f"{name}={value}:{value}"]
+    runc = ("--runtime", "runc") if shutil.which("runc") else ()
+    tries = [((), ()), ((), tuple(limits)), (runc, ()), (runc, tuple(limits))]
+    return [replace(engine, flags=flags, limits=ulimits) for flags, ulimits in dict.fromkeys(tries)]
+
+
+def adapt(engine: Engine) -> Engine:
+    """Return ``engine`` with the flags that let it start a container; asked once a boot, then remembered.
+
+    Raises EngineBroken when none does.
+    """
+    record = BUILD / f"engine-{engine.name}.json"
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    key = [engine.program, engine.version, engine.store, boot.read_text().strip() if boot.exists() else ""]
+    key += [str(resource.getrlimit(number)) for _, number in LIMITS]
+    try:
+        known = json.loads(record.read_text())
+        if known["key"] == key:
+            return replace(engine, flags=tuple(known["flags"]), limits=tuple(known["limits"]))
+    except (OSError, ValueError, KeyError):
+        pass
+    proven = prove(engine)
+    record.parent.mkdir(exist_ok=True)
+    draft = record.with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps({"key": key, "flags": proven.flags, "limits": proven.limits}))
+    draft.replace(record)
+    return proven
+
+
+def prove(engine: Engine) -> Engine:
+    """Start a container with the default network; return ``engine`` with the flags that took. Raises EngineBroken."""
+    _make_proof_image(engine)
+    done = None
+    for attempt in adaptations(engine):
+        argv = attempt.run(attempt.local(PROOF_IMAGE), name=f"opencode-server-proof-{os.getpid()}", keep=False)
+        done = attempt.ask(argv, timeout=60)
+        if done.ok:
+            return attempt
+        attempt.ask(attempt.remove_container(f"opencode-server-proof-{os.getpid()}"))
+    said = done.said if done else ""
+    raise EngineBroken(f"{engine.program} answers but cannot start a container", _remedy(said), said)
+
+
+def describe(engine: Engine) -> str:
+    """Return the engine and what was adapted, in words."""
+    adapted = " ".join((*engine.flags, *engine.limits))
+    builder = "" if engine.podman else ", BuildKit" if engine.buildkit else ", legacy builder"
+    return f"{engine.name} {engine.version} ({engine.program}{builder})" + (f", with {adapted}" if adapted else "")
+
+
+def _remedy(said: str) -> str:
+    hints = {
+        "netavark": "Install netavark and aardvark-dns: podman needs them for networks.",
+        "aardvark": "Install netavark and aardvark-dns: podman needs them for networks.",
+        "CNI": "Install containernetworking-plugins: this podman needs them for networks.",
+        "newuidmap": "Install uidmap, and give this user a range in /etc/subuid and /etc/subgid.",
+        "cgroup": "Install runc: crun refuses this machine's cgroups.",
+    }
+    return next((hint for word, hint in hints.items() if word in said), "inv doctor says more; or use the other engine.")
+
+
+def _make_proof_image(engine: Engine) -> None:
+    """Import an image of one program that exits with 0, so that the proof needs no registry."""
+    if engine.image(engine.local(PROOF_IMAGE)):
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        tar = Path(scratch) / "proof.tar"
+        program = exit_program(platform.machine())
+        with tarfile.open(tar, "w") as archive:
+            member = tarfile.TarInfo("exit0")
+            member.size, member.mode = len(program), 0o755
+            archive.addfile(member, BytesIO(program))
+        done = engine.ask(engine.import_(tar, PROOF_IMAGE, ['CMD ["/exit0"]']), timeout=60)
+    if not done.ok:
+        raise EngineBroken(f"{engine.program} answers but cannot import an image", _remedy(done.said), done.said)
+
+
+def exit_program(machine: str) -> bytes:
+    """Return a static ELF program for x86_64 or aarch64 whose whole work is ``exit(0)``."""
+    number, code = {
+        "x86_64": (62, b"\x31\xff\xb8\x3c\x00\x00\x00\x0f\x05"),  # xor edi,edi; mov eax,60; syscall
+        "aarch64": (183, b"\x00\x00\x80\xd2\xa8\x0b\x80\xd2\x01\x00\x00\xd4"),  # mov x0,0; mov x8,93; svc 0
+    }["aarch64" if machine in {"aarch64", "arm64"} else "x86_64"]
+    base, headers = 0x400000, 64 + 56
+    size = headers + len(code)
+    ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
+    elf = struct.pack("<16sHHIQQQIHHHHHH", ident, 2, number, 1, base + headers, 64, 0, 0, 64, 56, 1, 64, 0, 0)
+    return elf + struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, size, size, 0x1000) + code
+

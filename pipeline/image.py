@@ -1,0 +1,283 @@
+"""Build the image: its labels, its tag, what each step took, and what changed since the last build."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from pipeline import base, ca, openagents, process
+from pipeline.engine import Engine, look
+from pipeline.errors import (
+    BuildFailed,
+    ConfigRefused,
+    ContainerfileRefused,
+    DiskFull,
+    EngineLost,
+    LockBroken,
+    NothingFetched,
+    PipelineError,
+)
+from pipeline.report import console, megabytes, say, table
+from pipeline.settings import BUILD, ROOT, Settings
+
+SPLIT = "FROM ${RUNTIME}"
+"""Where the Containerfile's part that people edit begins."""
+
+RUNTIME_LOCKS = ("locks/npm/*/*.json", "locks/image.txt", "locks/uv.txt")
+
+OCI = "org.opencontainers.image"
+OURS = "opencode-server.openagents"
+
+
+@dataclass
+class Steps:
+    """What each step of a build took, read off the build's own output as it comes."""
+
+    began: dict[str, tuple[str, float]] = field(default_factory=dict)
+    commits: list[float] = field(default_factory=list)
+    took: list[tuple[str, float]] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
+
+    def feed(self, line: str, now: float) -> None:
+        """Take one line, seen at ``now`` seconds."""
+        if step := re.match(r"(?:\[(\d+)/\d+\] )?(?:STEP|Step) \d+/\d+ ?: (.+)", line):
+            stage = step[1] or ""
+            if stage in self.began:
+                self._close(stage, now)
+                # podman's mark of a finished step names no stage; the last one before the next step is that step's.
+                del self.commits[-1:]
+            self.began[stage] = (step[2], now)
+        elif line.startswith(("-->", " ---> ")):
+            self.commits.append(now)
+        elif step := re.match(r"#(\d+) (\[.+)", line):  # BuildKit times its steps itself
+            self.names[step[1]] = step[2]
+        elif (step := re.match(r"#(\d+) DONE ([\d.]+)s", line)) and step[1] in self.names:
+            self.took.append((self.names[step[1]], float(step[2])))
+
+    def finish(self, now: float) -> list[tuple[str, float]]:
+        """Return (step, seconds), longest first."""
+        for stage in sorted(self.began, key=lambda stage: self.began[stage][1]):
+            self._close(stage, self.commits.pop(0) if self.commits else now)
+        self.began.clear()
+        return sorted(self.took, key=lambda step: -step[1])
+
+    def _close(self, stage: str, now: float) -> None:
+        text, began = self.began[stage]
+        self.took.append((text, now - began))
+
+
+def build(settings: Settings, engine: Engine, *, dry_run: bool = False) -> dict[str, Any]:
+    """Build ``opencode-server:candidate`` and return its record, which is also written to ``build/``.
+
+    The tag moves only when every step has passed. Raises ConfigRefused, NothingFetched, BaseUnavailable, BuildFailed,
+    ContainerfileRefused, EngineLost, DiskFull.
+    """
+    check_config(ROOT / "config.json")
+    fetched = openagents.read(ROOT / "vendor")
+    if fetched is None:
+        raise NothingFetched("vendor/OpenAgents is not there", "Fetch it first: inv fetch.")
+    found = base.ensure(engine, settings, dry_run=dry_run)
+    runtime = runtime_tag(ROOT, found.reference if found else "")
+    inputs = inputs_of(ROOT, fetched.tree)
+    record_file = BUILD / f"build-{engine.name}.json"
+    last = json.loads(record_file.read_text()) if record_file.exists() else None
+    if dry_run or found is None:
+        say(f"build: would build {settings.image}:candidate with {engine.name}; {'; '.join(changes(last, inputs))}")
+        return {}
+    certificates = ca.stage(settings.ca)
+    say(f"build: {engine.name}, {found.reference}, {fetched.kind} {fetched.commit[:12]}, {certificates} extra CAs")
+    began, steps = time.monotonic(), Steps()
+    if engine.image(engine.local(runtime)) is None:
+        say("build: runtime (everything that is fetched); it is built once for these locks")
+        _run(engine, steps, tag=runtime, target="runtime", build_args={"BASE": found.reference})
+    image_id = _run(
+        engine,
+        steps,
+        tag=f"{settings.image}:candidate",
+        build_args={"BASE": found.reference, "RUNTIME": engine.local(runtime)},
+        labels=labels(found, fetched),
+    )
+    seconds = time.monotonic() - began
+    image = engine.image(image_id) or {}
+    record = {
+        "image": f"{settings.image}:candidate",
+        "id": image_id,
+        "engine": engine.name,
+        "size": image["Size"],
+        "seconds": round(seconds, 2),
+        "finished": now(),
+        "steps": [[text, round(took, 2)] for text, took in steps.finish(time.monotonic())],
+        "changes": changes(last, inputs),
+        "inputs": inputs,
+    }
+    write_json(record_file, record)
+    _summary(record, last)
+    return record
+
+
+def _run(  # noqa: PLR0913 -- the parts of one build
+    engine: Engine,
+    steps: Steps,
+    *,
+    tag: str,
+    target: str = "",
+    build_args: dict[str, str],
+    labels: dict[str, str] | None = None,
+) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        iidfile = Path(scratch) / "id"
+        argv = engine.build(
+            ROOT,
+            tag=tag,
+            containerfile=ROOT / "Containerfile",
+            iidfile=iidfile,
+            target=target,
+            build_args=build_args,
+            labels=labels,
+        )
+
+        def on_line(line: str) -> None:
+            steps.feed(line, time.monotonic())
+            console().print(line, markup=False, style="dim")
+
+        done = engine.follow(argv, on_line)
+        if not done.ok:
+            raise explain(done, engine)
+        return iidfile.read_text().strip().removeprefix("sha256:")
+
+
+def explain(done: process.Completed, engine: Engine) -> PipelineError:
+    """Return the failure that a build's output tells of, with its last lines."""
+    said = done.stdout
+    details = "\n".join(said.splitlines()[-25:])
+    if re.search(r"no space left on device|ENOSPC|disk quota exceeded", said, re.IGNORECASE):
+        return DiskFull("no space is left for the build", "inv doctor says where; a build needs about 6 GB.", details)
+    if re.search(r"parse error|unknown instruction|no build stage|no FROM statement|unable to process", said, re.IGNORECASE):
+        return ContainerfileRefused(
+            f"{engine.name} cannot read the Containerfile", "Correct the line it names; inv lint finds it too.", details
+        )
+    if look(engine.name)[0] is None:
+        return EngineLost(
+            f"{engine.name} went away during the build", "Start it again and repeat; no tag has moved.", details
+        )
+    if re.search(r"EINTEGRITY|DO NOT MATCH THE HASHES|hash mismatch", said, re.IGNORECASE):
+        return LockBroken("a download is not what locks/ pins", "It or the lock was tampered with: do not use it.", details)
+    return BuildFailed(
+        "a step of the Containerfile failed; its last lines are above", "Correct it and build again; no tag has moved.",
+        details,
+    )  # fmt: skip
+
+
+def check_config(path: Path) -> None:
+    """Check OpenCode's configuration against its own schema: the server drops a key it does not know without a word.
+
+    Raises ConfigRefused.
+    """
+    import jsonschema
+
+    schema = json.loads((ROOT / "locks" / "opencode-config.schema.json").read_text())
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigRefused(f"{path.name}: {error}", "It must be JSON; compare it with git diff.") from error
+    faults = sorted(jsonschema.Draft202012Validator(schema).iter_errors(config), key=lambda fault: list(fault.path))
+    if faults:
+        lines = [f"{path.name}: {'.'.join(map(str, fault.path)) or 'top level'}: {fault.message}" for fault in faults]
+        raise ConfigRefused(
+            f"{path.name} is not a configuration of OpenCode", "https://opencode.ai/docs/config lists the keys.",
+            "\n".join(line[:500] for line in lines),
+        )  # fmt: skip
+
+
+def runtime_tag(root: Path, base_reference: str) -> str:
+    """Return the name of the runtime stage's image, from everything that goes into it."""
+    digest = hashlib.sha256(base_reference.encode())
+    digest.update((root / "Containerfile").read_bytes().partition(SPLIT.encode())[0])
+    for path in sorted(path for pattern in RUNTIME_LOCKS for path in root.glob(pattern)):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return f"opencode-server-runtime:{digest.hexdigest()[:12]}"
+
+
+def inputs_of(root: Path, openagents_tree: str) -> dict[str, str]:
+    """Return what goes into the image: each file's path to the hash of its contents, OpenAgents as one."""
+    files = [root / "Containerfile", root / "config.json", *sorted((root / "scripts").rglob("*"))]
+    files += sorted(path for path in (root / "locks").rglob("*") if path.suffix in {".json", ".txt"})
+    hashes = {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    return {**hashes, "vendor/OpenAgents": openagents_tree}
+
+
+def changes(last: dict[str, Any] | None, inputs: dict[str, str]) -> list[str]:
+    """Return what changed against the last build's record, a phrase each."""
+    if last is None:
+        return ["the first build here"]
+    before = last["inputs"]
+    changed = [f"{path} changed" for path in inputs if path in before and before[path] != inputs[path]]
+    changed += [f"{path} is new" for path in inputs if path not in before]
+    changed += [f"{path} is gone" for path in before if path not in inputs]
+    return changed or ["nothing changed"]
+
+
+def labels(found: base.Base, fetched: openagents.Record) -> dict[str, str]:
+    """Return the image's labels: OCI's own, and OpenAgents' source."""
+    revision, source = _git("rev-parse", "HEAD"), _git("config", "--get", "remote.origin.url")
+    dirty = "-dirty" if revision and _git("status", "--porcelain") else ""
+    return {
+        f"{OCI}.title": "opencode-server",
+        f"{OCI}.created": now(),
+        f"{OCI}.revision": f"{revision}{dirty}" if revision else "unknown",
+        f"{OCI}.source": without_credentials(source) or "unknown",
+        f"{OCI}.base.name": found.name,
+        f"{OCI}.base.digest": found.digest or f"sha256:{found.image_id}",
+        f"{OURS}.kind": fetched.kind,
+        f"{OURS}.source": without_credentials(fetched.url),
+        f"{OURS}.commit": fetched.commit,
+    }
+
+
+def without_credentials(url: str) -> str:
+    """Return ``url`` without a user name or password in it: a label is for everyone to read."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if parts.netloc else url
+
+
+def now() -> str:
+    """Return the time in UTC as RFC 3339 to the second, or SOURCE_DATE_EPOCH when that is set."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def write_json(path: Path, record: object) -> None:
+    """Write ``record`` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}.part")
+    draft.write_text(json.dumps(record, indent=1) + "\n")
+    draft.replace(path)
+
+
+def _git(*words: str) -> str:
+    done = process.run(["git", "-C", str(ROOT), *words])
+    return done.stdout.strip() if done.ok else ""
+
+
+def _summary(record: dict[str, Any], last: dict[str, Any] | None) -> None:
+    slow = [(text[:90], f"{took:.1f} s") for text, took in record["steps"] if took >= 0.5]  # noqa: PLR2004
+    table("What took half a second or more", ("step", "took"), slow)
+    size = megabytes(record["size"])
+    if last:
+        size += f" ({(record['size'] - last['size']) / 1e6:+.1f} MB)"
+    say(f"built {record['image']}  {record['id'][:12]}  {size}  in {record['seconds']:.1f} s")
+    say(f"since the last build: {'; '.join(record['changes'])}")
