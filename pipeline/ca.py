@@ -17,6 +17,9 @@ from pipeline.settings import ROOT
 VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "PIP_CERT")
 STAGED = ROOT / "vendor" / "ca" / "extra.crt"
 
+PUBLIC = Path("/usr/share/ca-certificates/mozilla")
+"""Where Debian's ca-certificates keeps the public ones, a file each."""
+
 _PEM = re.compile(r"-----BEGIN CERTIFICATE-----\s+([A-Za-z0-9+/=\s]+?)\s+-----END CERTIFICATE-----")
 
 
@@ -37,15 +40,20 @@ def certificates(pem: str) -> dict[str, str]:
 
 
 def extra(setting: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the certificates of the bundle that are not among Mozilla's public ones (those of certifi)."""
+    """Return the certificates of the bundle that are not public: in neither certifi nor Debian's package of Mozilla's.
+
+    The two differ by the age of their list; a public CA that one of them dropped is no secret of this network.
+    """
     import certifi
 
     found = source(setting, environ)
     if not found:
         return {}
-    public = certificates(Path(certifi.where()).read_text())
     ours = certificates(found[1].read_text(errors="replace"))
-    return {body: block for body, block in ours.items() if body not in public}
+    for listed in (Path(certifi.where()), *PUBLIC.glob("*.crt")):
+        for body in certificates(listed.read_text(errors="replace")):
+            ours.pop(body, None)
+    return ours
 
 
 def stage(setting: str, environ: Mapping[str, str] = os.environ, staged: Path = STAGED) -> int:

@@ -67,7 +67,7 @@ class Engine:
         """Return a command of this engine."""
         return [self.program, *self.flags, *words]
 
-    def build(  # noqa: PLR0913 -- a build has this many parts
+    def build(
         self,
         context: Path,
         *,
@@ -323,7 +323,9 @@ def _remedy(said: str) -> str:
         "newuidmap": "Install uidmap, and give this user a range in /etc/subuid and /etc/subgid.",
         "cgroup": "Install runc: crun refuses this machine's cgroups.",
     }
-    return next((hint for word, hint in hints.items() if word in said), "inv doctor says more; or use the other engine.")
+    return next(
+        (hint for word, hint in hints.items() if word in said), "inv doctor says more; or use the other engine."
+    )
 
 
 def _make_proof_image(engine: Engine) -> None:
@@ -353,4 +355,3 @@ def exit_program(machine: str) -> bytes:
     ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
     elf = struct.pack("<16sHHIQQQIHHHHHH", ident, 2, number, 1, base + headers, 64, 0, 0, 64, 56, 1, 64, 0, 0)
     return elf + struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, size, size, 0x1000) + code
-

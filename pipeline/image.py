@@ -124,7 +124,7 @@ def build(settings: Settings, engine: Engine, *, dry_run: bool = False) -> dict[
     return record
 
 
-def _run(  # noqa: PLR0913 -- the parts of one build
+def _run(
     engine: Engine,
     steps: Steps,
     *,
@@ -161,7 +161,9 @@ def explain(done: process.Completed, engine: Engine) -> PipelineError:
     details = "\n".join(said.splitlines()[-25:])
     if re.search(r"no space left on device|ENOSPC|disk quota exceeded", said, re.IGNORECASE):
         return DiskFull("no space is left for the build", "inv doctor says where; a build needs about 6 GB.", details)
-    if re.search(r"parse error|unknown instruction|no build stage|no FROM statement|unable to process", said, re.IGNORECASE):
+    if re.search(
+        r"parse error|unknown instruction|no build stage|no FROM statement|unable to process", said, re.IGNORECASE
+    ):
         return ContainerfileRefused(
             f"{engine.name} cannot read the Containerfile", "Correct the line it names; inv lint finds it too.", details
         )
@@ -170,7 +172,9 @@ def explain(done: process.Completed, engine: Engine) -> PipelineError:
             f"{engine.name} went away during the build", "Start it again and repeat; no tag has moved.", details
         )
     if re.search(r"EINTEGRITY|DO NOT MATCH THE HASHES|hash mismatch", said, re.IGNORECASE):
-        return LockBroken("a download is not what locks/ pins", "It or the lock was tampered with: do not use it.", details)
+        return LockBroken(
+            "a download is not what locks/ pins", "It or the lock was tampered with: do not use it.", details
+        )
     return BuildFailed(
         "a step of the Containerfile failed; its last lines are above", "Correct it and build again; no tag has moved.",
         details,
@@ -231,19 +235,22 @@ def changes(last: dict[str, Any] | None, inputs: dict[str, str]) -> list[str]:
 
 
 def labels(found: base.Base, fetched: openagents.Record) -> dict[str, str]:
-    """Return the image's labels: OCI's own, and OpenAgents' source."""
+    """Return the image's labels: OCI's own, and OpenAgents' source.
+
+    podman makes a step of each and keeps those before the first that differs: what differs each time comes last.
+    """
     revision, source = _git("rev-parse", "HEAD"), _git("config", "--get", "remote.origin.url")
     dirty = "-dirty" if revision and _git("status", "--porcelain") else ""
     return {
         f"{OCI}.title": "opencode-server",
-        f"{OCI}.created": now(),
-        f"{OCI}.revision": f"{revision}{dirty}" if revision else "unknown",
         f"{OCI}.source": without_credentials(source) or "unknown",
         f"{OCI}.base.name": found.name,
         f"{OCI}.base.digest": found.digest or f"sha256:{found.image_id}",
         f"{OURS}.kind": fetched.kind,
         f"{OURS}.source": without_credentials(fetched.url),
         f"{OURS}.commit": fetched.commit,
+        f"{OCI}.revision": f"{revision}{dirty}" if revision else "unknown",
+        f"{OCI}.created": now(),
     }
 
 

@@ -16,7 +16,7 @@ def console() -> Console:
     """Return the one console, on stdout; plain and unwrapped when that is no terminal."""
     from rich.console import Console
 
-    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 200, soft_wrap=not sys.stdout.isatty(), highlight=False)
 
 
 def say(text: str) -> None:

@@ -1,0 +1,205 @@
+"""One running container: a name of its own, a loopback port, its log when something fails, and always removed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pipeline import process
+from pipeline.engine import Engine
+from pipeline.errors import EngineBroken, PortTaken, ServerDied, ServerSilent
+
+if TYPE_CHECKING:
+    import requests
+
+PREFIX = "opencode-server-smoke"
+PORT = 4096
+SECRET = "OPENCODE_SERVER_PASSWORD"  # noqa: S105 -- the variable's name
+
+
+@dataclass
+class Server:
+    """A server to ask: ``url`` without a trailing slash, and the password it wants, if any."""
+
+    url: str
+    password: str = ""
+    timeout: float = 5.0
+
+    def get(self, path: str, *, signed_in: bool = True, timeout: float | None = None) -> requests.Response:
+        """GET ``path``. Raises requests.RequestException."""
+        import requests
+
+        user = os.environ.get("OPENCODE_SERVER_USERNAME", "opencode")
+        auth = (user, self.password) if self.password and signed_in else None
+        with requests.Session() as session:
+            session.trust_env = False  # a proxy from the environment has no business on loopback
+            return session.get(f"{self.url}{path}", auth=auth, timeout=timeout or self.timeout)
+
+
+@dataclass
+class Container:
+    """A container that was started; ``began`` is time.monotonic() just before."""
+
+    engine: Engine
+    name: str
+    began: float
+    server: Server | None = None
+    ready_seconds: float = field(default=0.0)
+
+    def exec(self, *command: str, timeout: float = 30) -> process.Completed:
+        """Run a command inside. Raises subprocess.TimeoutExpired."""
+        return self.engine.ask(self.engine.exec(self.name, *command), timeout=timeout)
+
+    def logs(self) -> str:
+        """Return the last lines it wrote."""
+        done = self.engine.ask(self.engine.argv("logs", "--tail", "40", self.name), timeout=30)
+        return (done.stdout + done.stderr).strip()
+
+    def state(self) -> dict[str, Any]:
+        """Return the engine's State of it: Running, ExitCode and so on."""
+        done = self.engine.ask(self.engine.argv("inspect", "--format", "{{json .State}}", self.name), timeout=30)
+        return json.loads(done.stdout) if done.ok else {"Running": False, "ExitCode": None}
+
+    def wait_ready(self, seconds: float) -> None:
+        """Wait until ``/config`` is 200 and JSON. Raises ServerDied, ServerSilent."""
+        assert self.server is not None  # noqa: S101 -- published containers have one
+        wait_ready(self.server, self.began + seconds, alive=self._check_alive, log=self.logs)
+        self.ready_seconds = time.monotonic() - self.began
+
+    def wait_ready_inside(self, seconds: float) -> None:
+        """Wait likewise, asking from inside: for a container without a network. Raises ServerDied, ServerSilent."""
+        ask = f"until curl -fsS -m 1 -o /dev/null http://localhost:{PORT}/config 2>/dev/null; do sleep 0.05; done"
+        left = max(0.1, self.began + seconds - time.monotonic())
+        done = self.exec("timeout", f"{left:.1f}", "sh", "-c", ask, timeout=left + 10)
+        if not done.ok:
+            self._check_alive()
+            raise ServerSilent(
+                f"without a network the server did not answer within {seconds:g} s", "See its log above.", self.logs()
+            )
+        self.ready_seconds = time.monotonic() - self.began
+
+    def _check_alive(self) -> None:
+        state = self.state()
+        if not state["Running"]:
+            raise ServerDied(
+                f"the container ended with exit code {state['ExitCode']} before it answered",
+                "Its log above says why; a config.json that OpenCode refuses is the usual reason.",
+                self.logs(),
+            )
+
+
+def wait_ready(
+    server: Server, deadline: float, *, alive: Callable[[], None] | None = None, log: Callable[[], str] | None = None
+) -> None:
+    """Wait until ``/config`` is 200 and JSON, at most until ``deadline`` (time.monotonic()).
+
+    Each request is short: one made in the moment the socket opens hangs for ever. ``alive`` is asked between requests
+    and may raise, ``log`` is what a failure quotes. Raises ServerSilent.
+    """
+    import requests
+
+    last, looked = "no request was answered", 0.0
+    while time.monotonic() < deadline:
+        try:
+            answer = server.get("/config", timeout=min(server.timeout, 1.5))
+            if answer.status_code == requests.codes.ok:
+                answer.json()
+                return
+            last = f"/config answered {answer.status_code}: {answer.text[:200]}"
+            if answer.status_code == requests.codes.unauthorized:
+                break
+        except requests.JSONDecodeError:
+            last = f"/config answered 200, but not with JSON: {answer.text[:200]}"
+        except requests.ReadTimeout:
+            last = "/config took a request and did not answer it"
+        except requests.RequestException as error:
+            last = f"nothing answers at {server.url}: {type(error).__name__}"
+        if alive and time.monotonic() - looked > 0.5:  # noqa: PLR2004 -- inspecting costs 50 ms of engine time
+            alive()
+            looked = time.monotonic()
+        time.sleep(0.02)
+    raise ServerSilent(
+        f"the server was not ready in time; {last}",
+        f"If it needs a password, set {SECRET}; if it is only slow, raise smoke.ready_seconds.",
+        log() if log else "",
+    )
+
+
+@contextlib.contextmanager
+def running(
+    engine: Engine, image: str, *, port: int = 0, network: str = "", password: str = "", timeout: float = 5.0
+) -> Iterator[Container]:
+    """Start ``image``; yield the container; remove it whatever happens.
+
+    It is published on 127.0.0.1 only, on ``port`` or one that the engine chooses; not at all with a ``network`` of its
+    own choice. Raises PortTaken, ServerDied, EngineBroken.
+    """
+    container = Container(engine, f"{PREFIX}-{os.getpid()}-{secrets.token_hex(3)}", time.monotonic())
+    argv = engine.run(
+        image,
+        name=container.name,
+        env=[SECRET] if password else [],
+        publish="" if network else f"127.0.0.1:{port or ''}:{PORT}",
+        network=network,
+        labels={PREFIX: str(os.getpid())},
+    )
+    try:
+        done = engine.ask(argv, timeout=120, env={SECRET: password} if password else None)
+        if not done.ok:
+            raise _start_failure(done, port, engine)
+        if not network:
+            container.server = Server(f"http://127.0.0.1:{_published(container)}", password, timeout)
+        yield container
+    finally:
+        engine.ask(engine.remove_container(container.name), timeout=60)
+
+
+def remove_leftovers(engine: Engine, whose: int = 0) -> int:
+    """Remove the containers of the process ``whose``, or of every smoke test that was killed; return how many."""
+    done = engine.ask(engine.argv("ps", "--all", "--filter", f"label={PREFIX}", "--format", "{{.Names}}"), timeout=60)
+    owners = {name: int(name.split("-")[3]) for name in done.stdout.split() if name.startswith(PREFIX)}
+    names = [name for name, owner in owners.items() if (owner == whose if whose else not _alive(owner))]
+    for name in names:
+        engine.ask(engine.remove_container(name), timeout=60)
+    return len(names)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _published(container: Container) -> int:
+    done = container.engine.ask(container.engine.argv("port", container.name, str(PORT)), timeout=30)
+    match = re.search(r":(\d+)\s*$", done.stdout.strip().splitlines()[0]) if done.ok and done.stdout.strip() else None
+    if not match:
+        state = container.state()
+        raise ServerDied(
+            f"the container ended with exit code {state['ExitCode']} as it started", "Its log is above.",
+            container.logs() or done.said,
+        )  # fmt: skip
+    return int(match[1])
+
+
+def _start_failure(done: process.Completed, port: int, engine: Engine) -> Exception:
+    if re.search(r"address already in use|port is already allocated|proxy already running", done.said):
+        return PortTaken(
+            f"port {port} on 127.0.0.1 is taken", "Free it, or set smoke.port to another, or to 0 for any.", done.said
+        )
+    if re.search(r"executable file .*not found|no such file or directory", done.said):
+        return ServerDied(
+            "the image's entrypoint cannot be started", "Look at ENTRYPOINT in the Containerfile.", done.said
+        )
+    return EngineBroken(f"{engine.name} cannot start the image", "inv doctor says more.", done.said)

@@ -1,0 +1,170 @@
+"""Look into every layer of an image and its history for what must not be there: secrets, and this network's CAs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline import ca
+from pipeline.engine import Engine
+from pipeline.image import write_json
+from pipeline.settings import BUILD
+
+RULES = "1"
+"""Raised when what is looked for changes, so that layers are looked at again."""
+
+SECRET_NAMES = re.compile(
+    r"(?:^|/)(?:\.env|\.env\.(?!example|sample|template)[^/]+|\.npmrc|\.netrc|\.pypirc|\.git-credentials|\.git"
+    r"|id_(?:rsa|dsa|ecdsa|ed25519)|\.docker/config\.json|root/\.npm/_logs|root/\.aws)$"
+)
+SECRET_TEXT = {
+    b"PRIVATE KEY-----": re.compile(rb"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----\s+[A-Za-z0-9+/=]{40}"),
+    b"AKIA": re.compile(rb"\bAKIA(?![A-Z0-9]*EXAMPLE)[A-Z0-9]{16}\b"),
+    **{b"gh%c_" % kind: re.compile(rb"\bgh%c_[A-Za-z0-9]{36}\b" % kind) for kind in b"pousr"},
+    b"github_pat_": re.compile(rb"\bgithub_pat_[A-Za-z0-9_]{60,}"),
+    b"npm_": re.compile(rb"\bnpm_[A-Za-z0-9]{36}\b"),
+    b"sk-proj-": re.compile(rb"\bsk-proj-[A-Za-z0-9_-]{32,}"),
+    b"sk-ant-": re.compile(rb"\bsk-ant-[A-Za-z0-9_-]{32,}"),
+}
+"""What a secret looks like, by a part that is quick to search for: a layer holds hundreds of megabytes of text."""
+
+TEXT_LIMIT = 1_000_000
+"""Bytes; a larger file is not read. Keys and certificates are written by people and tools into small ones."""
+
+PUBLIC_CERTIFICATES = "usr/share/ca-certificates/"
+
+Entry = tuple[str, bool, int, Callable[[], bytes]]
+"""A path without leading slash, whether it is a regular file, its size in bytes, and how to read it."""
+
+
+@dataclass
+class Findings:
+    """What one layer holds: paths that look like secrets, and each file's certificates as short hashes."""
+
+    secrets: list[str] = field(default_factory=list)
+    certificates: dict[str, list[str]] = field(default_factory=dict)
+
+
+def look(entries: Iterator[Entry]) -> Findings:
+    """Look at each file of a layer."""
+    findings = Findings()
+    for path, regular, size, read in entries:
+        if SECRET_NAMES.search(path):
+            findings.secrets.append(path)
+        if not regular or size > TEXT_LIMIT:
+            continue
+        content = read()
+        if b"\0" in content[:1024]:
+            continue
+        findings.secrets += [f"{path} (holds {start}…)" for start in secrets_in(content)]
+        if b"-----BEGIN CERTIFICATE" in content:
+            findings.certificates[path] = [_short(body) for body in ca.certificates(content.decode(errors="replace"))]
+    return findings
+
+
+def secrets_in(content: bytes) -> list[str]:
+    """Return the first characters of each kind of secret in ``content``: enough to find it, not enough to use it."""
+    found = [pattern.search(content) for part, pattern in SECRET_TEXT.items() if part in content]
+    return [match[0][:12].decode(errors="replace") for match in found if match]
+
+
+def check(engine: Engine, image: dict[str, Any], extra: dict[str, str]) -> tuple[list[str], int]:
+    """Return what is wrong with an image's layers, and how many there are.
+
+    ``image`` is its inspection, ``extra`` this network's certificates (see ca.extra). A layer is looked at once: what
+    was found is kept in ``build/layers.json`` under the layer's own digest.
+    """
+    digests: list[str] = image["RootFS"]["Layers"]
+    kept_file = BUILD / "layers.json"
+    kept = json.loads(kept_file.read_text()) if kept_file.exists() else {}
+    known = kept["layers"] if kept.get("rules") == RULES else {}
+    missing = [digest for digest in digests if digest not in known]
+    if missing:
+        known |= {digest: vars(findings) for digest, findings in _look_at(engine, image, set(missing))}
+        write_json(kept_file, {"rules": RULES, "layers": known})
+    layers = [Findings(**known[digest]) for digest in digests]
+    public = {
+        certificate
+        for layer in layers
+        for path, certificates in layer.certificates.items()
+        if path.startswith(PUBLIC_CERTIFICATES)
+        for certificate in certificates
+    }
+    ours = {_short(body) for body in extra} - public
+    faults = [f"/{path}" for layer in layers for path in layer.secrets]
+    faults += [
+        f"/{path} holds a CA of this network"
+        for layer in layers
+        for path, certificates in layer.certificates.items()
+        if ours & set(certificates)
+    ]
+    history = engine.ask(
+        engine.argv("history", "--no-trunc", "--format", "{{.CreatedBy}}", image["Id"])
+    ).stdout.encode()
+    faults += [f"the history holds {start}…" for start in secrets_in(history)]
+    if b"-----BEGIN CERTIFICATE" in history:
+        faults.append("the history holds a certificate")
+    return faults, len(digests)
+
+
+def _look_at(engine: Engine, image: dict[str, Any], wanted: set[str]) -> Iterator[tuple[str, Findings]]:
+    digests = image["RootFS"]["Layers"]
+    directories = _directories(image)
+    if len(directories) == len(digests) and all(os.access(directory, os.R_OK) for directory in directories):
+        for digest, directory in zip(digests, directories, strict=True):
+            if digest in wanted:
+                yield digest, look(_in_directory(Path(directory)))
+        return
+    # Another storage driver, another machine, or not ours to read: the engine writes the image out instead.
+    with tempfile.TemporaryDirectory() as scratch:
+        archive = Path(scratch) / "image.tar"
+        engine.ask(engine.argv("save", "--output", str(archive), image["Id"]))
+        with tarfile.open(archive) as outer:
+            manifest = outer.extractfile("manifest.json")
+            assert manifest is not None  # noqa: S101 -- `save` always writes one
+            for digest, name in zip(digests, json.load(manifest)[0]["Layers"], strict=True):
+                if digest in wanted:
+                    with tarfile.open(fileobj=outer.extractfile(name)) as layer:
+                        yield digest, look(_in_tar(layer))
+
+
+def _directories(image: dict[str, Any]) -> list[str]:
+    """Return the overlay directory of each layer, lowest first, or nothing where the engine has none."""
+    data = (image.get("GraphDriver") or {}).get("Data") or {}
+    lower = data.get("LowerDir", "").split(":") if data.get("LowerDir") else []
+    return list(reversed([data["UpperDir"], *lower])) if data.get("UpperDir") else []
+
+
+def _in_directory(root: Path) -> Iterator[Entry]:
+    for directory, names, files in os.walk(root):
+        relative = os.path.relpath(directory, root)
+        prefix = "" if relative == "." else f"{relative}/"
+        for name in names:
+            yield f"{prefix}{name}", False, 0, bytes
+        for name in files:
+            path = Path(directory, name)
+            status = path.lstat()
+            yield f"{prefix}{name}", stat.S_ISREG(status.st_mode), status.st_size, path.read_bytes
+
+
+def _in_tar(layer: tarfile.TarFile) -> Iterator[Entry]:
+    for member in layer:
+
+        def read(member: tarfile.TarInfo = member) -> bytes:
+            content = layer.extractfile(member)
+            return content.read() if content else b""
+
+        yield member.name.removeprefix("./").rstrip("/"), member.isfile(), member.size, read
+
+
+def _short(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()[:16]

@@ -1,0 +1,197 @@
+"""Start the image, ask it everything, say what it answered, and give it its tag when all is well."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from typing import Any
+from xml.etree import ElementTree as ET
+
+from pipeline import probes
+from pipeline.container import SECRET, Server, remove_leftovers, running, wait_ready
+from pipeline.engine import Engine
+from pipeline.errors import NoSuchImage, PipelineError, SmokeFailed
+from pipeline.image import OURS, now, write_json
+from pipeline.report import fail, megabytes, ok, say, warn
+from pipeline.settings import BUILD, Settings
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a probe got: ``seconds`` it took, and whether it ``passed``."""
+
+    name: str
+    passed: bool
+    seconds: float
+    detail: str
+
+
+def smoke(settings: Settings, engine: Engine, reference: str = "", *, dry_run: bool = False) -> dict[str, Any]:
+    """Smoke the candidate, or the image ``reference``; return the report, which is also written to ``build/``.
+
+    A candidate that passes becomes ``latest``, and what was latest becomes ``previous``. Raises NoSuchImage,
+    ServerDied, ServerSilent, PortTaken, SmokeFailed.
+    """
+    candidate = engine.local(f"{settings.image}:candidate")
+    name = reference or candidate
+    image = engine.image(name)
+    if image is None:
+        raise NoSuchImage(f"{engine.name} has no image {name}", "Build it first: inv fetch build.")
+    if dry_run:
+        say(f"smoke: would start {name} {_short(image)} twice, and ask {_count()} probes")
+        return {}
+    if gone := remove_leftovers(engine):
+        say(f"smoke: removed {gone} containers of smoke tests that were killed")
+    say(f"smoke: {name} {_short(image)}, {megabytes(image['Size'])}, with {engine.name}")
+    began = time.monotonic()
+    answers, ready = ask_image(settings, engine, image)
+    report = _report(answers, target=name, seconds=time.monotonic() - began, ready=ready)
+    if name == candidate:
+        promote(settings, engine, image)
+    return report
+
+
+def smoke_url(settings: Settings, url: str) -> dict[str, Any]:
+    """Ask a server that already runs what can be asked over HTTP; its password is that of the environment."""
+    server = Server(url.rstrip("/"), os.environ.get(SECRET, ""), settings.smoke.request_seconds)
+    began = time.monotonic()
+    wait_ready(server, began + settings.smoke.ready_seconds)
+    ready = time.monotonic() - began
+    subject = probes.Subject(settings, server)
+    answers = _ask([probe for probe in probes.PROBES if probe.needs == "server"], subject)
+    return _report(answers, target=url, seconds=time.monotonic() - began, ready=ready)
+
+
+def ask_image(settings: Settings, engine: Engine, image: dict[str, Any]) -> tuple[list[Answer], float]:
+    """Start an image twice, once without a network, and ask every probe; return the answers and seconds to ready.
+
+    The image is asked while the servers start, the second container meanwhile; what is independent runs together.
+    """
+    patience = settings.smoke
+    password = secrets.token_urlsafe(24)
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(8) as pool:
+        try:
+            early = pool.submit(_with_offline, settings, engine, image)
+            container = stack.enter_context(
+                running(engine, image["Id"], port=patience.port, password=password, timeout=patience.request_seconds)
+            )
+            assert container.server is not None  # noqa: S101 -- it was published
+            subject = probes.Subject(settings, container.server, engine, image, container)
+            about_image = pool.submit(_ask, probes.IMAGE_PROBES, subject)
+            container.wait_ready(patience.ready_seconds)
+            ok(f"{'ready':14} {container.ready_seconds:5.2f} s  /config answers 200")
+            answers = [Answer("ready", passed=True, seconds=container.ready_seconds, detail="/config answers 200")]
+            answers += _ask(probes.PROBES, subject) + about_image.result() + early.result()
+        except BaseException:
+            # What the other thread waits for ends when its container does, however far it has come.
+            while not wait([early], timeout=0.3).done:
+                remove_leftovers(engine, whose=os.getpid())
+            raise
+        if any(not answer.passed for answer in answers):
+            say(container.logs())
+    return answers, container.ready_seconds
+
+
+def promote(settings: Settings, engine: Engine, image: dict[str, Any]) -> None:
+    """Tag an image that passed ``latest``, and what was latest ``previous``.
+
+    One with the starter in it never takes the place of one with OpenAgents.
+    """
+    latest = engine.image(engine.local(f"{settings.image}:latest"))
+    if latest and latest["Id"] == image["Id"]:
+        say(f"{settings.image}:latest is this image already")
+        return
+    if latest and _kind(latest) == "openagents" and _kind(image) == "starter":
+        warn(f"{settings.image}:latest holds OpenAgents, and this image only the starter: latest stays as it is")
+        return
+    if latest:
+        engine.tag(latest["Id"], f"{settings.image}:previous")
+    engine.tag(image["Id"], f"{settings.image}:latest")
+    say(f"{settings.image}:latest is now {_short(image)}" + (f"; previous is {_short(latest)}" if latest else ""))
+
+
+def _with_offline(settings: Settings, engine: Engine, image: dict[str, Any]) -> list[Answer]:
+    with running(engine, image["Id"], network="none") as container:
+        answers = []
+        for probe in probes.OFFLINE_PROBES:
+            subject = probes.Subject(settings, Server(""), engine, image, container, offline=container)
+            answers.append(_answer(probe, subject))
+        return answers
+
+
+def _ask(some: Iterable[probes.Probe], subject: probes.Subject) -> list[Answer]:
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda probe: _answer(probe, subject), some))
+
+
+def _answer(probe: probes.Probe, subject: probes.Subject) -> Answer:
+    """Ask one probe; whatever it trips over is its answer, since one broken probe must not hide the others."""
+    began = time.monotonic()
+    try:
+        passed, detail = True, probe.ask(subject)
+    except probes.Wrong as wrong:
+        passed, detail = False, str(wrong)
+    except subprocess.TimeoutExpired as late:
+        passed, detail = False, f"no answer within {late.timeout:g} s"
+    except PipelineError as error:
+        passed, detail = False, f"{error.what}\n{error.details}".strip()
+    except Exception as error:  # noqa: BLE001 -- see above
+        passed, detail = False, f"{type(error).__name__}: {error}"
+    answer = Answer(probe.name, passed, time.monotonic() - began, detail)
+    (ok if answer.passed else fail)(f"{answer.name:14} {answer.seconds:5.2f} s  {answer.detail}")
+    return answer
+
+
+def _report(answers: list[Answer], *, target: str, seconds: float, ready: float) -> dict[str, Any]:
+    """Write ``build/smoke.json`` and ``build/smoke.xml``, say the sum, and raise SmokeFailed when a probe failed."""
+    failed = [answer.name for answer in answers if not answer.passed]
+    report = {
+        "target": target,
+        "finished": now(),
+        "seconds": round(seconds, 2),
+        "ready_seconds": round(ready, 2),
+        "passed": not failed,
+        "probes": [asdict(answer) | {"seconds": round(answer.seconds, 3)} for answer in answers],
+    }
+    write_json(BUILD / "smoke.json", report)
+    _write_junit(answers, seconds)
+    own = f"{seconds:.1f} s, {seconds - ready:.1f} s of them beyond waiting for the server"
+    say(f"smoke: {len(answers) - len(failed)} of {len(answers)} probes passed in {own}; see build/smoke.json")
+    if failed:
+        raise SmokeFailed(
+            f"{len(failed)} of {len(answers)} probes failed: {', '.join(failed)}",
+            "Each says above what it got; latest still is what passed before.",
+        )
+    return report
+
+
+def _write_junit(answers: list[Answer], seconds: float) -> None:
+    failures = sum(not answer.passed for answer in answers)
+    suite = ET.Element(
+        "testsuite", name="smoke", tests=str(len(answers)), failures=str(failures), time=f"{seconds:.3f}"
+    )
+    for answer in answers:
+        case = ET.SubElement(suite, "testcase", classname="smoke", name=answer.name, time=f"{answer.seconds:.3f}")
+        if not answer.passed:
+            ET.SubElement(case, "failure", message=answer.detail[:200]).text = answer.detail
+    draft = BUILD / f"smoke.{os.getpid()}.part"
+    ET.ElementTree(suite).write(draft, encoding="utf-8", xml_declaration=True)
+    draft.replace(BUILD / "smoke.xml")
+
+
+def _kind(image: dict[str, Any]) -> str:
+    return str((image["Config"].get("Labels") or {}).get(f"{OURS}.kind", ""))
+
+
+def _short(image: dict[str, Any]) -> str:
+    return str(image["Id"]).removeprefix("sha256:")[:12]
+
+
+def _count() -> int:
+    return len(probes.PROBES) + len(probes.IMAGE_PROBES) + len(probes.OFFLINE_PROBES) + 1

@@ -1,0 +1,154 @@
+"""The tasks: ``inv --list`` names them, ``inv --help TASK`` explains one. What they do is in ``pipeline/``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from invoke.context import Context
+from invoke.tasks import task
+
+if TYPE_CHECKING:
+    from pipeline.settings import Settings
+
+ENGINE = {"engine": "podman or docker; otherwise the one that answers", "dry_run": "say what would be done, and stop"}
+
+
+@contextlib.contextmanager
+def _settings(context: Context, engine: str = "", ca: str = "") -> Iterator[Settings]:
+    from pipeline import process, settings
+
+    process.echo = context.config.run.echo
+    flags = {"engine": engine, "ca": ca}
+    config = dict(context.config.items()) | {key: value for key, value in flags.items() if value}
+    with process.interruptible():
+        yield settings.load(config)
+
+
+@task(help={**ENGINE, "tests": "also what the tests need: docker, a registry"})
+def setup(context: Context, engine: str = "", tests: bool = False, dry_run: bool = False) -> None:
+    """Say which engine answers; install podman, with what it needs for networks, when none does."""
+    from pipeline import host
+
+    with _settings(context, engine) as settings:
+        host.setup(settings.engine, tests=tests, dry_run=dry_run)
+
+
+@task(
+    help={
+        "ref": "a branch, tag or commit instead of the pinned commit",
+        "url": "another repository",
+        "latest": "the newest commit of the pinned branch",
+        "force": "throw away local edits in vendor/OpenAgents",
+        "starter": "take the small package of this repository where the git host cannot be reached",
+        "ca": "a PEM file of extra certificate authorities",
+        **ENGINE,
+    }
+)
+def fetch(
+    context: Context,
+    ref: str = "",
+    url: str = "",
+    latest: bool = False,
+    force: bool = False,
+    starter: bool = True,
+    ca: str = "",
+    engine: str = "",
+    dry_run: bool = False,
+) -> None:
+    """Fetch the inputs: OpenAgents at its pinned commit, the base image, this network's CAs."""
+    from pipeline import base, openagents
+    from pipeline import ca as authorities
+    from pipeline import engine as engines
+    from pipeline.errors import EngineBroken, NoEngine
+    from pipeline.report import say
+
+    with _settings(context, engine, ca) as settings:
+        openagents.fetch(settings, ref=ref, url=url, latest=latest, force=force, starter=starter, dry_run=dry_run)
+        if not dry_run:
+            authorities.stage(settings.ca)
+        try:
+            found = engines.find(settings.engine)
+        except (NoEngine, EngineBroken):
+            say("base: waits for an engine; inv setup installs one")
+        else:
+            base.ensure(found, settings, dry_run=dry_run)
+
+
+@task(help=ENGINE)
+def base(context: Context, engine: str = "", dry_run: bool = False) -> None:
+    """Pull node:20-slim by its digest, or make it from packages where no registry answers."""
+    from pipeline import base as images
+    from pipeline import engine as engines
+
+    with _settings(context, engine) as settings:
+        images.ensure(engines.find(settings.engine), settings, dry_run=dry_run)
+
+
+@task(help={"ca": "a PEM file of extra certificate authorities", **ENGINE})
+def build(context: Context, engine: str = "", ca: str = "", dry_run: bool = False) -> None:
+    """Build the Containerfile into opencode-server:candidate."""
+    from pipeline import engine as engines
+    from pipeline import image
+
+    with _settings(context, engine, ca) as settings:
+        image.build(settings, engines.find(settings.engine), dry_run=dry_run)
+
+
+@task(
+    help={
+        "url": "ask a server that already runs, instead; OPENCODE_SERVER_PASSWORD is its password",
+        "image": "another image than opencode-server:candidate; no tag is moved",
+        **ENGINE,
+    }
+)
+def smoke(context: Context, url: str = "", image: str = "", engine: str = "", dry_run: bool = False) -> None:
+    """Start the candidate, ask it everything, and tag it latest when every answer is right."""
+    from pipeline import engine as engines
+    from pipeline import smoke as smoking
+
+    with _settings(context, engine) as settings:
+        if url:
+            smoking.smoke_url(settings, url)
+        else:
+            smoking.smoke(settings, engines.find(settings.engine), image, dry_run=dry_run)
+
+
+@task
+def lint(context: Context) -> None:
+    """Check with ruff, mypy --strict, hadolint and shellcheck."""
+    from pipeline import checks
+
+    with _settings(context):
+        checks.lint()
+
+
+@task(
+    help={"unit": "only what needs no engine and no server", "keyword": "only tests whose name matches, as pytest -k"}
+)
+def test(context: Context, unit: bool = False, keyword: str = "") -> None:
+    """Lint, then every test: units, servers on loopback, and images built and smoked by podman and docker."""
+    from pipeline import checks
+
+    with _settings(context):
+        checks.test(unit=unit, keyword=keyword)
+
+
+@task(help={"engine": ENGINE["engine"]})
+def doctor(context: Context, engine: str = "") -> None:
+    """Say what this machine can do and what to fix."""
+    from pipeline import doctor as diagnosis
+
+    with _settings(context, engine) as settings:
+        diagnosis.doctor(settings)
+
+
+@task(help={"only": "one of start, size, rebuild, cold, list", **ENGINE})
+def bench(context: Context, only: str = "", engine: str = "", dry_run: bool = False) -> None:
+    """Measure against the naive way, side by side, and write the ratios to build/bench.json."""
+    from pipeline import bench as benchmark
+    from pipeline import engine as engines
+
+    with _settings(context, engine) as settings:
+        benchmark.bench(settings, engines.find(settings.engine), only=only, dry_run=dry_run)
