@@ -6,10 +6,11 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from invoke.context import Context
 from invoke.tasks import task
 
 if TYPE_CHECKING:
+    from invoke.context import Context
+
     from pipeline.settings import Settings
 
 ENGINE = {"engine": "podman or docker; otherwise the one that answers", "dry_run": "say what would be done, and stop"}
@@ -86,14 +87,20 @@ def base(context: Context, engine: str = "", dry_run: bool = False) -> None:
         images.ensure(engines.find(settings.engine), settings, dry_run=dry_run)
 
 
-@task(help={"ca": "a PEM file of extra certificate authorities", **ENGINE})
-def build(context: Context, engine: str = "", ca: str = "", dry_run: bool = False) -> None:
+@task(
+    help={
+        "ca": "a PEM file of extra certificate authorities",
+        "no_cache": "do every step anew, so that newer Debian packages come in",
+        **ENGINE,
+    }
+)
+def build(context: Context, engine: str = "", ca: str = "", no_cache: bool = False, dry_run: bool = False) -> None:
     """Build the Containerfile into opencode-server:candidate."""
     from pipeline import engine as engines
     from pipeline import image
 
     with _settings(context, engine, ca) as settings:
-        image.build(settings, engines.find(settings.engine), dry_run=dry_run)
+        image.build(settings, engines.find(settings.engine), cache=not no_cache, dry_run=dry_run)
 
 
 @task(
@@ -147,8 +154,8 @@ def doctor(context: Context, engine: str = "") -> None:
 @task(help={"only": "one of start, size, rebuild, cold, list", **ENGINE})
 def bench(context: Context, only: str = "", engine: str = "", dry_run: bool = False) -> None:
     """Measure against the naive way, side by side, and write the ratios to build/bench.json."""
-    from pipeline import bench as benchmark
+    from bench import measure
     from pipeline import engine as engines
 
     with _settings(context, engine) as settings:
-        benchmark.bench(settings, engines.find(settings.engine), only=only, dry_run=dry_run)
+        measure.bench(settings, engines.find(settings.engine), only=only, dry_run=dry_run)

@@ -77,11 +77,14 @@ class Engine:
         target: str = "",
         build_args: Mapping[str, str] | None = None,
         labels: Mapping[str, str] | None = None,
+        cache: bool = True,
     ) -> list[str]:
         """Build ``context`` into an image called ``tag``, writing its ID to ``iidfile``."""
         words = ["build", "--file", str(containerfile), "--tag", self.local(tag)]
         if iidfile:
             words += ["--iidfile", str(iidfile)]
+        if not cache:
+            words.append("--no-cache")
         if target:
             words += ["--target", target]
         for key, value in (build_args or {}).items():
@@ -135,8 +138,14 @@ class Engine:
         return self.argv("import", *words, str(tar), self.local(tag))
 
     def pull(self, reference: str) -> list[str]:
-        """Pull an image; a short name means Docker Hub, as it does to docker, whatever podman's short names say."""
-        return self.argv("pull", f"docker://{reference}" if self.podman else reference)
+        """Pull an image; a short name means Docker Hub, as it does to docker, whatever podman's short names say.
+
+        A registry on loopback may speak plain HTTP, as docker allows it by itself.
+        """
+        if not self.podman:
+            return self.argv("pull", reference)
+        plain = ["--tls-verify=false"] if reference.startswith(("127.0.0.1:", "localhost:")) else []
+        return self.argv("pull", *plain, f"docker://{reference}")
 
     def remove_container(self, name: str) -> list[str]:
         """Remove a container with its anonymous volumes, running or not, without waiting for it to end."""

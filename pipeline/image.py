@@ -75,10 +75,11 @@ class Steps:
         self.took.append((text, now - began))
 
 
-def build(settings: Settings, engine: Engine, *, dry_run: bool = False) -> dict[str, Any]:
+def build(settings: Settings, engine: Engine, *, cache: bool = True, dry_run: bool = False) -> dict[str, Any]:
     """Build ``opencode-server:candidate`` and return its record, which is also written to ``build/``.
 
-    The tag moves only when every step has passed. Raises ConfigRefused, NothingFetched, BaseUnavailable, BuildFailed,
+    The tag moves only when every step has passed. Without ``cache`` every step is done anew: newer Debian packages
+    come in. Raises ConfigRefused, NothingFetched, BaseUnavailable, BuildFailed,
     ContainerfileRefused, EngineLost, DiskFull.
     """
     check_config(ROOT / "config.json")
@@ -87,7 +88,8 @@ def build(settings: Settings, engine: Engine, *, dry_run: bool = False) -> dict[
         raise NothingFetched("vendor/OpenAgents is not there", "Fetch it first: inv fetch.")
     found = base.ensure(engine, settings, dry_run=dry_run)
     runtime = runtime_tag(ROOT, found.reference if found else "")
-    inputs = inputs_of(ROOT, fetched.tree)
+    tree = openagents.tree_hash(ROOT / "vendor" / openagents.NAME)
+    inputs = inputs_of(ROOT, tree)
     record_file = BUILD / f"build-{engine.name}.json"
     last = json.loads(record_file.read_text()) if record_file.exists() else None
     if dry_run or found is None:
@@ -96,15 +98,15 @@ def build(settings: Settings, engine: Engine, *, dry_run: bool = False) -> dict[
     certificates = ca.stage(settings.ca)
     say(f"build: {engine.name}, {found.reference}, {fetched.kind} {fetched.commit[:12]}, {certificates} extra CAs")
     began, steps = time.monotonic(), Steps()
-    if engine.image(engine.local(runtime)) is None:
+    if not cache or engine.image(engine.local(runtime)) is None:
         say("build: runtime (everything that is fetched); it is built once for these locks")
-        _run(engine, steps, tag=runtime, target="runtime", build_args={"BASE": found.reference})
+        _run(engine, steps, tag=runtime, target="runtime", build_args={"BASE": found.reference}, cache=cache)
     image_id = _run(
         engine,
         steps,
         tag=f"{settings.image}:candidate",
         build_args={"BASE": found.reference, "RUNTIME": engine.local(runtime)},
-        labels=labels(found, fetched),
+        labels=labels(found, fetched, edited=tree != fetched.tree),
     )
     seconds = time.monotonic() - began
     image = engine.image(image_id) or {}
@@ -132,6 +134,7 @@ def _run(
     target: str = "",
     build_args: dict[str, str],
     labels: dict[str, str] | None = None,
+    cache: bool = True,
 ) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         iidfile = Path(scratch) / "id"
@@ -143,6 +146,7 @@ def _run(
             target=target,
             build_args=build_args,
             labels=labels,
+            cache=cache,
         )
 
         def on_line(line: str) -> None:
@@ -234,7 +238,7 @@ def changes(last: dict[str, Any] | None, inputs: dict[str, str]) -> list[str]:
     return changed or ["nothing changed"]
 
 
-def labels(found: base.Base, fetched: openagents.Record) -> dict[str, str]:
+def labels(found: base.Base, fetched: openagents.Record, *, edited: bool) -> dict[str, str]:
     """Return the image's labels: OCI's own, and OpenAgents' source.
 
     podman makes a step of each and keeps those before the first that differs: what differs each time comes last.
@@ -248,14 +252,14 @@ def labels(found: base.Base, fetched: openagents.Record) -> dict[str, str]:
         f"{OCI}.base.digest": found.digest or f"sha256:{found.image_id}",
         f"{OURS}.kind": fetched.kind,
         f"{OURS}.source": without_credentials(fetched.url),
-        f"{OURS}.commit": fetched.commit,
+        f"{OURS}.commit": f"{fetched.commit}-edited" if edited else fetched.commit,
         f"{OCI}.revision": f"{revision}{dirty}" if revision else "unknown",
         f"{OCI}.created": now(),
     }
 
 
 def without_credentials(url: str) -> str:
-    """Return ``url`` without a user name or password in it: a label is for everyone to read."""
+    """Return ``url`` without a user name or password: a label is for everyone to read."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if parts.netloc else url
 
@@ -281,10 +285,16 @@ def _git(*words: str) -> str:
 
 
 def _summary(record: dict[str, Any], last: dict[str, Any] | None) -> None:
-    slow = [(text[:90], f"{took:.1f} s") for text, took in record["steps"] if took >= 0.5]  # noqa: PLR2004
-    table("What took half a second or more", ("step", "took"), slow)
+    slow = [(_brief(text), f"{took:.1f} s") for text, took in record["steps"] if took >= 0.5]  # noqa: PLR2004
+    table(
+        "Steps of half a second or more; stages run side by side, and a COPY waits for its own", ("step", "took"), slow
+    )
     size = megabytes(record["size"])
     if last:
         size += f" ({(record['size'] - last['size']) / 1e6:+.1f} MB)"
     say(f"built {record['image']}  {record['id'][:12]}  {size}  in {record['seconds']:.1f} s")
     say(f"since the last build: {'; '.join(record['changes'])}")
+
+
+def _brief(step: str) -> str:
+    return " ".join(step.replace("set -eu;", "").split())[:100]

@@ -52,7 +52,7 @@ for kind, pattern in patterns.items():
                 found[kind].append(path.relative_to(folder).with_suffix("").as_posix())
 print(json.dumps({kind: sorted(set(names)) for kind, names in found.items()}))
 """
-"""Run inside: the names of the package's files. Agents and skills have theirs in the front matter, others in the path."""
+"""Run inside: the package's names. Agents and skills have theirs in the front matter, others in their path."""
 
 
 class Wrong(Exception):

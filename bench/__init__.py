@@ -1,0 +1,1 @@
+"""Measurements: the naive image of the contract, and what is measured against it."""

@@ -1,0 +1,155 @@
+"""What ``inv bench`` does: measure the image and the tasks against the naive way, side by side, and print ratios."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline import base, ca, process
+from pipeline.container import Server, running, wait_ready
+from pipeline.engine import Engine
+from pipeline.errors import BuildFailed
+from pipeline.image import now, write_json
+from pipeline.report import say, table
+from pipeline.settings import BUILD, ROOT, Settings
+
+RUNS = 5
+NAIVE = "opencode-server-naive:bench"
+OURS = "opencode-server-bench"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """``ours`` over ``theirs``, both in ``unit``; ``aim`` is what it should be at most."""
+
+    name: str
+    against: str
+    unit: str
+    ours: float
+    theirs: float
+    aim: float
+
+    @property
+    def ratio(self) -> float:
+        """Return ours over theirs; less is better."""
+        return self.ours / self.theirs
+
+
+def bench(settings: Settings, engine: Engine, *, only: str = "", dry_run: bool = False) -> list[Ratio]:
+    """Run the benchmarks named in ``only`` (start, cold, list; all when empty); write ``build/bench.json``."""
+    parts: dict[str, Callable[[Settings, Engine], list[Ratio]]] = {"list": listing, "cold": cold, "start": start}
+    chosen = [name for name in parts if only in ("", name)]
+    if dry_run:
+        say(f"bench: would measure {', '.join(chosen)} with {engine.name}; cold takes about 4 minutes")
+        return []
+    ratios = [ratio for name in chosen for ratio in parts[name](settings, engine)]
+    rows = [
+        (each.name, each.against, f"{each.ours:.2f} {each.unit}", f"{each.theirs:.2f} {each.unit}", f"{each.ratio:.3f}",
+         f"{each.aim:g}", "reached" if each.ratio <= each.aim else "missed")
+        for each in ratios
+    ]  # fmt: skip
+    table(f"{engine.name} {engine.version}", ("what", "against", "ours", "theirs", "ratio", "aim", ""), rows)
+    results = [asdict(each) | {"ratio": round(each.ratio, 4)} for each in ratios]
+    write_json(BUILD / "bench.json", {"engine": engine.name, "finished": now(), "results": results})
+    return ratios
+
+
+def listing(_settings: Settings, _engine: Engine) -> list[Ratio]:
+    """Time ``./inv --list`` against ``invoke --list``."""
+    ours, theirs = [], []
+    for _ in range(RUNS * 2):
+        ours.append(_time([str(ROOT / "inv"), "--list"]))
+        theirs.append(_time([str(Path(sys.executable).with_name("invoke")), "--list"]))
+    return [Ratio("./inv --list", "invoke --list", "s", statistics.median(ours), statistics.median(theirs), 1.3)]
+
+
+def cold(settings: Settings, engine: Engine) -> list[Ratio]:
+    """Build both images without a cache, then ours again after an edit of each kind, as a user would: by ``inv``."""
+    found = base.ensure(engine, settings)
+    assert found is not None  # noqa: S101 -- only a dry run finds none
+    ca.stage(settings.ca)
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "repository"
+        shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".venv", "build", "__pycache__"))
+        inv = [sys.executable, "-m", "invoke", "--search-root", str(copy), "build", "--engine", engine.name]
+        env = {"INVOKE_IMAGE": OURS}
+        naive = engine.build(
+            ROOT, tag=NAIVE, containerfile=ROOT / "bench" / "naive.Containerfile",
+            build_args={"BASE": found.reference}, cache=False,
+        )  # fmt: skip
+        say("bench: cold build of the naive image")
+        theirs = _time(naive, env=engine.env)
+        say("bench: cold build of ours")
+        _time([*inv, "--dry-run"], env=env)  # asks the engine what it needs here, once a boot
+        ours = _time([*inv, "--no-cache"], env=env)
+        ratios = [Ratio("cold build", "naive single-stage build", "s", ours, theirs, 0.8)]
+        edits = {"config.json": 0.03, "scripts/health": 0.03, "vendor/OpenAgents/README.md": 0.1}
+        for name, aim in edits.items():
+            took = []
+            for edit in range(RUNS):
+                with (copy / name).open("a") as file:
+                    file.write(" " * (edit + 1) + "\n")
+                took.append(_time(inv, env=env))
+            ratios.append(
+                Ratio(f"rebuild after editing {name}", "our cold build", "s", statistics.median(took), ours, aim)
+            )
+    sizes = [(engine.image(engine.local(name)) or {})["Size"] / 1e6 for name in (f"{OURS}:candidate", NAIVE)]
+    engine.ask(engine.argv("rmi", engine.local(f"{OURS}:candidate"), engine.local(NAIVE)))
+    return [*ratios, Ratio("image size", "naive image on the same base", "MB", sizes[0], sizes[1], 0.6)]
+
+
+def start(settings: Settings, engine: Engine) -> list[Ratio]:
+    """Time from start to the first 200 on /config: the image without a network, against the bare program here."""
+    image = engine.local(f"{settings.image}:candidate")
+    ours, theirs = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        program = Path(scratch) / "opencode"
+        with running(engine, image, network="none") as container:
+            path = "/usr/local/lib/node_modules/opencode-ai/bin/opencode.exe"
+            engine.ask(engine.argv("cp", f"{container.name}:{path}", str(program)))
+        for run in range(RUNS):
+            theirs.append(_bare(program, Path(scratch) / f"home{run}", settings))
+            with running(engine, image, network="none") as container:
+                container.wait_ready_inside(settings.smoke.ready_seconds)
+                ours.append(container.ready_seconds)
+    against = "bare opencode serve, no container"
+    return [Ratio("time to healthy", against, "s", statistics.median(ours), statistics.median(theirs), 1.15)]
+
+
+def _bare(program: Path, home: Path, settings: Settings) -> float:
+    home.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    quiet = {"OPENCODE_DISABLE_MODELS_FETCH": "true", "OPENCODE_DISABLE_AUTOUPDATE": "true"}
+    began = time.monotonic()
+    with subprocess.Popen(
+        [program, "serve", "--port", str(port)],
+        cwd=home,
+        env={"PATH": os.environ["PATH"], "HOME": str(home), **quiet},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as server:
+        try:
+            wait_ready(Server(f"http://127.0.0.1:{port}", timeout=0.5), began + settings.smoke.ready_seconds)
+            return time.monotonic() - began
+        finally:
+            server.kill()
+
+
+def _time(argv: list[str], env: dict[str, str] | None = None) -> float:
+    done = process.run(argv, env=env, cwd=ROOT)
+    if not done.ok:
+        raise BuildFailed(
+            f"{argv[0]} ended with {done.code}", "Its last lines are above.", done.stdout[-2000:] + done.said
+        )
+    return done.seconds
