@@ -117,6 +117,8 @@ def _follow(child: subprocess.Popen[bytes], on_line: Callable[[str], None], time
     finally:
         if timer:
             timer.cancel()
+        if child.stdout:
+            child.stdout.close()
     if expired.is_set():
         raise subprocess.TimeoutExpired(child.args, timeout or 0, "\n".join(last))
     return "\n".join(last)
