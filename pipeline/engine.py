@@ -98,7 +98,7 @@ class Engine:
             words += ["--progress", "plain"]
         return self.argv(*words, str(context))
 
-    def run(  # noqa: PLR0913 -- likewise
+    def run(
         self,
         image: str,
         *command: str,

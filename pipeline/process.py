@@ -45,7 +45,7 @@ class Completed:
         return (self.stderr.strip() or self.stdout.strip())[-4000:]
 
 
-def run(  # noqa: PLR0913 -- the one call has the one list of options
+def run(
     argv: Sequence[str],
     *,
     on_line: Callable[[str], None] | None = None,
