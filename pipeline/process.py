@@ -139,6 +139,9 @@ def _end(child: subprocess.Popen[bytes], *, group: bool) -> None:
     except subprocess.TimeoutExpired:
         _signal(child, signal.SIGKILL, group=group)
         child.wait()
+    for pipe in (child.stdin, child.stdout, child.stderr):
+        if pipe:
+            pipe.close()
 
 
 @contextlib.contextmanager
