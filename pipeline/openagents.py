@@ -1,0 +1,496 @@
+"""Fetch OpenAgents into ``vendor/OpenAgents``, whole or not at all, and say what is there.
+
+Everything happens in ``vendor/.incoming-*``; one rename then puts tree and record into place together, so that a
+reader sees the old ones or the new ones whenever we are killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline import errors, report
+from pipeline.errors import GitHostUnreachable, LocalEdits, NoSuchRef, NothingFetched, PipelineError, VendorUnusable
+from pipeline.settings import ROOT, Settings
+
+VENDOR = ROOT / "vendor"
+STARTER = VENDOR / "starter"
+PIN = ROOT / "locks" / "openagents.json"
+NAME, RECORD, LISTING = "OpenAgents", ".fetched.json", ".fetched.tree"
+
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_IMPOSSIBLE_REF = re.compile(r"^-|[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|@\{")
+_ASK_FOR_REF = "Give --ref a branch, a tag or a full commit of that repository."
+_TRY_LATER = "Try again later, or give --url a mirror or a clone."
+_MAKE_ROOM = "Make room on the disk that holds vendor/, then fetch again."
+_NO_SINGLE_COMMITS = "unadvertised object|dumb http"
+_REFUSED = (
+    "error: 40[134]|not found|not exist|not appear to be|not a git repository|not allowed|not exported|valid: is|"
+    "could not read|Authentication failed|Permission denied|Host key|ownership|remote helper|not a git command"
+)
+# git has one exit code for every fault: its words, which GitPython asks for in English, are all there is to go by.
+_WORDS: tuple[tuple[str, type[PipelineError], str], ...] = (
+    ("No space left|quota exceeded", errors.DiskFull, _MAKE_ROOM),
+    ("from proxy|proxy CONNECT", GitHostUnreachable, "Ask for access through the proxy, or give --url a mirror."),
+    ("certificate", GitHostUnreachable, "Where TLS is intercepted, name its authority with --ca FILE."),
+    ("not our ref|find remote ref|" + _NO_SINGLE_COMMITS, NoSuchRef, _ASK_FOR_REF),
+    (_REFUSED, errors.NoSuchRepository, "Check --url, and that git may read it without being asked for a password."),
+    ("", GitHostUnreachable, _TRY_LATER),
+)
+
+
+class Record(BaseModel):
+    """What ``vendor/OpenAgents`` holds.
+
+    ``commit`` is a full hash, or ``starter``; ``fetched`` is UTC in ISO 8601; ``tree`` is what ``tree_hash`` said then.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["openagents", "starter"]
+    url: str
+    ref: str
+    commit: str
+    fetched: str
+    tree: str
+
+    def __str__(self) -> str:
+        """Return it as messages name it."""
+        return "the starter" if self.kind == "starter" else f"OpenAgents {self.commit[:7]} ({self.ref}) of {self.url}"
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """``commit`` is empty until the host was asked; ``loose``: any commit will do where the pinned one is not."""
+
+    url: str
+    ref: str
+    commit: str
+    loose: bool = False
+
+    @property
+    def bare_url(self) -> str:
+        """Without a user name and password: this is written into records, labels and messages."""
+        return re.sub(r"^(https?://)[^/@]*@", r"\1", self.url)
+
+    def record(self, tree: str = "", fetched: str = "") -> Record:
+        return Record(
+            kind="openagents", url=self.bare_url, ref=self.ref, commit=self.commit, fetched=fetched, tree=tree
+        )
+
+
+def read(vendor: Path = VENDOR) -> Record | None:
+    """Return the record of what is in ``vendor``, None if nothing is. Raises NothingFetched if it is half there."""
+    place = vendor / NAME
+    if not place.is_dir() or not any(place.iterdir()):
+        return None
+    remedy = "Run ./inv fetch; if it says that something would be lost, look at that first."
+    try:
+        record = Record.model_validate_json((place / RECORD).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise NothingFetched(f"{place} has no {RECORD} from fetch", remedy, str(error)) from error
+    if not _has_agents(place):
+        raise NothingFetched(f"{place} is half there: no agents in .opencode/", remedy)
+    return record
+
+
+def tree_hash(tree: Path) -> str:
+    """Return the SHA-256 (hex) over names, executable bits, link targets and contents in ``tree``, without .git."""
+    return hashlib.sha256(_listing(tree)).hexdigest()
+
+
+def fetch(
+    settings: Settings,
+    *,
+    ref: str = "",
+    url: str = "",
+    latest: bool = False,
+    force: bool = False,
+    starter: bool = True,
+    dry_run: bool = False,
+    vendor: Path = VENDOR,
+) -> Record:
+    """Bring ``vendor/OpenAgents`` to the pinned commit, or to what ``url``, ``ref`` or ``latest`` say instead.
+
+    Where the host does not answer and the real one is not there, ``starter`` lets the embedded one in. ``force`` throws
+    local edits away. ``dry_run`` changes nothing and returns the record without ``tree`` and ``fetched``.
+
+    Raises GitHostUnreachable, NoSuchRepository, NoSuchRef, NotOpenAgents, LocalEdits, VendorUnusable, DiskFull,
+    ToolMissing or LockBroken; what was there is still there then.
+    """
+    want = _wanted(settings, ref=ref, url=url, latest=latest)
+    _refuse_unusable(vendor)
+    # Asked before the lock is taken too: doing nothing needs no writable vendor/.
+    if kept := _kept(want, vendor, force=force):
+        return kept
+    if dry_run:
+        report.say(f"There is {_whole(vendor) or 'nothing whole'} in {vendor.name}/{NAME}.")
+        want = want if want.commit else _ask(settings, want)
+        report.say(f"Would fetch {want.record()}{', or the head of its default branch' if want.loose else ''}.")
+        return want.record()
+    with _held(vendor):
+        return _kept(want, vendor, force=force) or _bring(settings, want, vendor, force=force, starter=starter)
+
+
+def _bring(settings: Settings, want: _Wanted, vendor: Path, *, force: bool, starter: bool) -> Record:
+    place, there = vendor / NAME, _whole(vendor)
+    with tempfile.TemporaryDirectory(prefix=".incoming-", dir=vendor, ignore_cleanup_errors=True) as incoming:
+        tree = Path(incoming, NAME)
+        try:
+            arrived = _real(settings, want, vendor, tree, force=force)
+        except GitHostUnreachable as fault:
+            if not starter or (there and there.kind == "openagents"):
+                raise
+            arrived = _starter(fault, there, tree, place)
+        if (tree / LISTING).exists():
+            if not force:
+                _refuse_edits(place)
+            (tree / RECORD).write_text(arrived.model_dump_json(indent=2) + "\n")
+            _swap(tree, place)
+            report.ok(f"{arrived} is in {vendor.name}/{NAME}")
+    return arrived
+
+
+def _real(settings: Settings, want: _Wanted, vendor: Path, tree: Path, *, force: bool) -> Record:
+    try:
+        want = want if want.commit else _ask(settings, want)
+        if kept := _kept(want, vendor, force=force):
+            return kept
+        there = _whole(vendor)
+        # An edited starter stays where the host does not answer, so it is an obstacle only after the transfer.
+        if not (force or (there and there.kind == "starter")):
+            _refuse_edits(vendor / NAME)
+        return _clone(settings, want, tree)
+    except NoSuchRef:
+        if not want.loose:
+            raise
+        report.say(f"{want.bare_url} does not have {want.commit[:7]}, which is pinned: taking its default branch.")
+        return _real(settings, _Wanted(want.url, "HEAD", ""), vendor, tree, force=force)
+
+
+def _wanted(settings: Settings, *, ref: str, url: str, latest: bool) -> _Wanted:
+    try:
+        pin = json.loads(PIN.read_bytes())
+        pinned = _Wanted(pin["url"], pin["ref"], pin["commit"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        remedy = "Restore it: git checkout locks/openagents.json"
+        raise errors.LockBroken(f"{PIN} has no url, ref and commit in JSON", remedy, str(error)) from error
+    url, ref = url or settings.openagents.url or pinned.url, ref or settings.openagents.ref
+    local = Path(url).expanduser()
+    if "://" not in url and (local.exists() or ":" not in url):
+        url = local.resolve().as_uri()  # git ignores --depth for a plain path
+    if _IMPOSSIBLE_REF.search(ref):
+        raise NoSuchRef(f"{ref} cannot be the name of a ref", _ASK_FOR_REF)
+    if _COMMIT.fullmatch(ref):
+        return _Wanted(url, ref, ref)
+    if ref or latest:
+        return _Wanted(url, ref or pinned.ref, "")
+    return replace(pinned, url=url, loose=url != pinned.url)
+
+
+def _whole(vendor: Path) -> Record | None:
+    with contextlib.suppress(NothingFetched):
+        return read(vendor)
+    return None
+
+
+def _kept(want: _Wanted, vendor: Path, *, force: bool) -> Record | None:
+    """Return the record of what is there if that is what is wanted, None if there is something to do."""
+    there = _whole(vendor)
+    if there is None or there.kind == "starter" or there.commit != want.commit:
+        return None
+    if want.loose and there.url != want.bare_url:  # which may not have this commit: it is asked
+        return None
+    if tree_hash(vendor / NAME) == there.tree:
+        report.ok(f"{there} is there already")
+    elif force:
+        return None
+    else:
+        report.warn(f"{there} is there already, with local edits, which are kept; --force throws them away.")
+    return there
+
+
+def _starter(fault: GitHostUnreachable, there: Record | None, tree: Path, place: Path) -> Record:
+    report.warn(
+        f"OpenAgents could not be fetched: {fault.what}\n"
+        "vendor/starter, a small stand-in of our own, is used instead. An image built with it carries a label that\n"
+        "says so, and does not replace a `latest` that was built with the real one.\n"
+        "For the real one, when the host answers or from a clone: ./inv fetch, or ./inv fetch --url CLONE"
+    )
+    if there and (there.tree == tree_hash(STARTER) or there.tree != tree_hash(place)):
+        return there
+    shutil.rmtree(tree, ignore_errors=True)  # what the fetch that failed has left
+    shutil.copytree(STARTER, tree, symlinks=True)
+    version = (STARTER / "VERSION").read_text().strip()
+    return Record(
+        kind="starter", url="vendor/starter", ref=version, commit="starter", fetched=_now(), tree=_sealed(tree)
+    )
+
+
+def _clone(settings: Settings, want: _Wanted, tree: Path) -> Record:
+    try:
+        from git import Repo
+    except ImportError as error:  # GitPython looks for git when it is imported
+        raise errors.ToolMissing("git cannot be run", "Install git: ./inv setup", str(error)) from error
+
+    report.say(f"Fetching {want.record()}")
+    repo = Repo.init(tree)
+    with repo.config_writer() as config:
+        config.set_value("core", "autocrlf", "false")  # the same bytes, and so the same hash, everywhere
+        config.set_value("core", "hooksPath", os.devnull)  # a user's global hooks have no say in here
+        config.set_value("gc", "auto", "0")  # it would outlive us in a directory that is about to move
+        config.set_value('remote "origin"', "url", want.bare_url)
+    (tree / ".git" / "info").mkdir(exist_ok=True)
+    (tree / ".git" / "info" / "exclude").write_text("/.fetched.*\n")
+    words = ["fetch", "--progress", "--no-tags"]
+    try:
+        _talk(settings, want, [*words, "--depth=1", "--", want.url, want.commit], tree)
+    except NoSuchRef as fault:
+        if not re.search(_NO_SINGLE_COMMITS, fault.details):
+            raise
+        report.say("The server hands out no single commits: fetching its whole history.")
+        refs = ("+refs/heads/*:refs/remotes/origin/*", "+refs/tags/*:refs/tags/*")
+        _talk(settings, want, [*words, "--", want.url, *refs], tree)
+        if not repo.git.rev_list("--max-count=1", "--ignore-missing", want.commit):
+            raise
+    repo.git.checkout("--quiet", "--detach", want.commit)
+    repo.close()
+    if not _has_agents(tree):
+        where = f"{want.bare_url} at {want.commit[:7]}"
+        raise errors.NotOpenAgents(f"{where} has no agents in .opencode/", "Check --url and --ref.")
+    return want.record(_sealed(tree), _now())
+
+
+def _ask(settings: Settings, want: _Wanted) -> _Wanted:
+    """Return ``want`` with the commit its ref is at now; for HEAD also with the default branch as ref."""
+    names = [f"refs/heads/{want.ref}", f"refs/tags/{want.ref}^{{}}", f"refs/tags/{want.ref}"]
+    if want.ref == "HEAD":
+        names = ["HEAD"]
+    said = _talk(settings, want, ["ls-remote", "--symref", "--", want.url, *names])
+    found = {name: value for value, _, name in (line.partition("\t") for line in said.splitlines())}
+    commit = next((found[name] for name in names if name in found), "")
+    if not commit:
+        raise NoSuchRef(f"{want.bare_url} has no {want.ref}", _ASK_FOR_REF)
+    branch = re.match(r"ref: refs/heads/(.*)\tHEAD\n", said)
+    return replace(want, ref=branch[1] if branch else want.ref, commit=commit)
+
+
+def _talk(settings: Settings, want: _Wanted, words: list[str], cwd: Path | None = None) -> str:
+    """Run one git command that talks to the host, as often as the settings allow, and return its stdout."""
+    import stamina
+    from stamina.instrumentation import RetryDetails, set_on_retry_hooks
+
+    def told(details: RetryDetails) -> None:
+        report.say(f"{getattr(details.caused_by, 'what', '')}; trying again in {details.wait_for:.1f} s")
+
+    set_on_retry_hooks([told])
+    patient = stamina.retry(
+        on=GitHostUnreachable, attempts=settings.network.attempts, timeout=None, wait_initial=0.5, wait_jitter=0.2
+    )
+    return patient(_talk_once)(settings, want, words, cwd)
+
+
+def _talk_once(settings: Settings, want: _Wanted, words: list[str], cwd: Path | None) -> str:
+    from git import Git
+    from git.util import CallableRemoteProgress
+
+    patience = settings.network.stall_seconds
+    env = {"GIT_TERMINAL_PROMPT": "0", "GIT_HTTP_LOW_SPEED_LIMIT": "1", "GIT_HTTP_LOW_SPEED_TIME": str(patience)}
+    if settings.ca and "GIT_SSL_CAINFO" not in os.environ:
+        env["GIT_SSL_CAINFO"] = str(Path(settings.ca).expanduser().resolve())
+    # A session of its own keeps Ctrl-C from git, and ssh from asking on our terminal.
+    git = Git(cwd).execute(["git", *words], as_process=True, env=env, start_new_session=True)
+    try:
+        with _shown() as update:
+            progress = CallableRemoteProgress(update)
+            hear, rest = progress.new_message_handler(), ""
+            # Low speed limits are for HTTP: this one sees a silence on git:// and ssh, and before the first byte, too.
+            while select.select([git.stderr], [], [], patience)[0]:
+                if not (heard := os.read(git.stderr.fileno(), 65536)):
+                    break
+                *lines, rest = re.split("[\r\n]+", rest + heard.decode(errors="replace"))
+                for line in lines:
+                    hear(line)
+            else:
+                raise GitHostUnreachable(f"{want.bare_url} said nothing for {patience} s", _TRY_LATER)
+        stdout = git.communicate()[0].decode(errors="replace")
+    finally:
+        if git.poll() is None:
+            os.killpg(git.pid, signal.SIGKILL)
+            git.communicate()
+    if git.returncode == 0:
+        return str(stdout)
+    said = "\n".join(progress.other_lines + progress.error_lines).replace(want.url, want.bare_url)
+    failure, remedy = next((kind, remedy) for pattern, kind, remedy in _WORDS if re.search(pattern, said))
+    first = (progress.error_lines or [f"git ended with {git.returncode}"])[0]
+    first = re.sub("^(fatal: )?(unable to access '.*': )?", "", first.replace(want.url, want.bare_url))
+    raise failure(f"{want.bare_url}: {first}", remedy, said)
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[Callable[..., None]]:
+    """Yield what takes git's progress: a bar on a terminal, otherwise a line every five seconds."""
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    said, interval = time.monotonic(), 5.0
+    columns = (BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f} {task.description}"))
+    with Progress(*columns, console=report.console(), transient=True, disable=not report.console().is_terminal) as bar:
+        task = bar.add_task("", total=0)
+
+        def update(_phase: int, done: float, total: float | None, rate: str) -> None:
+            nonlocal said
+            bar.update(task, completed=done, total=total or 0, description=rate)
+            if bar.disable and time.monotonic() - said > interval:
+                said = time.monotonic()
+                report.say(f"  {done:.0f} of {total or 0:.0f} {rate}".rstrip())
+
+        yield update
+
+
+def _refuse_unusable(vendor: Path) -> None:
+    for path in (vendor, vendor / NAME):
+        if path.is_symlink():
+            remedy = "Remove the link; a clone that is elsewhere is what --url is for."
+            raise VendorUnusable(f"{path} is a symlink, and a build sees only what is in this repository", remedy)
+        if path.exists() and not path.is_dir():
+            raise VendorUnusable(f"{path} is not a directory", "Move that file away, then fetch again.")
+
+
+def _refuse_edits(place: Path) -> None:
+    """Raise LocalEdits if something in ``place`` would be lost with it."""
+    if not place.is_dir() or not any(place.iterdir()):
+        return
+    try:
+        before = (place / LISTING).read_bytes()
+    except FileNotFoundError:
+        before = b""
+    differing = {*before.split(b"\n")} ^ {*_listing(place).split(b"\n")}
+    changed = {os.fsdecode(line.partition(b" ")[2]) for line in differing - {b""}}
+    own = [*place.glob(".git/refs/heads/**/*"), *place.glob(".git/refs/stash")]  # fetch leaves neither
+    changed |= {str(path.relative_to(place)) for path in own if path.is_file()}
+    if not _has_agents(place):  # half there: what is missing cannot be lost
+        changed = {name for name in changed if os.path.lexists(place / name)}
+    if changed:
+        names, shown = sorted(changed), 5
+        more = f"\n  and {len(names) - shown} more" if len(names) > shown else ""
+        raise LocalEdits(
+            f"{place} holds what fetch did not put there",
+            "Move it away to keep it, or throw it away with --force.",
+            "\n".join(f"  {name}" for name in names[:shown]) + more,
+        )
+
+
+def _has_agents(tree: Path) -> bool:
+    return any(next((tree / ".opencode" / name).rglob("*.md"), None) for name in ("agent", "agents"))
+
+
+def _sealed(tree: Path) -> str:
+    """Write down what is in ``tree``, so that edits can be told later, and return its hash."""
+    listing = _listing(tree)
+    (tree / LISTING).write_bytes(listing)
+    return hashlib.sha256(listing).hexdigest()
+
+
+def _listing(tree: Path) -> bytes:
+    """Return a line of hash and name for each file and link under ``tree``, sorted."""
+    found = []
+    top = len(str(tree)) + 1
+    for folder, folders, files in os.walk(tree):
+        if folder == str(tree):
+            folders[:] = [name for name in folders if name != ".git"]
+            files[:] = [name for name in files if name not in (RECORD, LISTING)]
+        for name in files + folders:
+            path = os.path.join(folder, name)  # noqa: PTH118 -- a thousand Path objects would be most of the cost
+            mode = os.lstat(path).st_mode
+            if stat.S_ISDIR(mode):
+                continue
+            data = b"neither file nor link"
+            if stat.S_ISLNK(mode):
+                data = b"link " + os.fsencode(os.readlink(path))  # noqa: PTH115
+            elif stat.S_ISREG(mode):
+                with open(path, "rb") as file:  # noqa: PTH123
+                    data = (b"x " if mode & stat.S_IXUSR else b"- ") + file.read()
+            found.append(os.fsencode(f"{hashlib.sha256(data).hexdigest()} {path[top:]}"))
+    return b"\n".join(sorted(found))
+
+
+def _swap(tree: Path, place: Path) -> None:
+    if not place.exists():
+        tree.rename(place)
+    elif not _exchange(tree, place):
+        try:
+            place.rename(tree.with_name("old"))
+            tree.rename(place)
+        except BaseException:
+            _restore(place)
+            raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step; False where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _restore(place: Path) -> None:
+    """Undo a swap that ended between its two renames."""
+    for old in place.parent.glob(".incoming-*/old"):
+        if not place.exists():
+            old.rename(place)
+
+
+@contextlib.contextmanager
+def _held(vendor: Path) -> Iterator[None]:
+    """Hold ``vendor`` alone, cleared of what dead fetches left; name the faults of its file system."""
+    from filelock import FileLock, Timeout
+    from git.exc import GitError
+
+    try:
+        vendor.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(vendor / ".lock")
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            report.say("Another fetch is at work: waiting for it.")
+            held = lock.acquire()
+        with held:
+            _restore(vendor / NAME)
+            for dead in vendor.glob(".incoming-*"):
+                shutil.rmtree(dead, ignore_errors=True)
+            yield
+    except (OSError, GitError) as error:
+        if "No space left" in str(error) or getattr(error, "errno", 0) == errno.EDQUOT:
+            raise errors.DiskFull(f"No space is left in {vendor}", _MAKE_ROOM, str(error)) from error
+        remedy = f"Make {vendor} a directory that you may write to, then fetch again."
+        raise VendorUnusable(f"{vendor} cannot be written: {error}", remedy) from error
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
