@@ -12,6 +12,7 @@ import platform
 import resource
 import shutil
 import struct
+import subprocess
 import tarfile
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,9 @@ from pipeline.settings import BUILD
 Name = Literal["podman", "docker"]
 
 PROOF_IMAGE = "opencode-server-proof:1"
+ASK_SECONDS = 60.0
+"""How long a program may take to say what it is, and a container of nothing to start: some hang for ever."""
+
 LIMITS = (("nofile", resource.RLIMIT_NOFILE), ("nproc", resource.RLIMIT_NPROC))
 
 
@@ -221,7 +225,12 @@ def look(name: Name) -> tuple[Engine | None, list[str]]:
     answers, why = [], []
     for program in programs:
         ask = _look_podman if name == "podman" else _look_docker
-        found = ask(program)
+        try:
+            found = ask(program)
+        except subprocess.TimeoutExpired:
+            found = f"no answer within {ASK_SECONDS:g} s"
+        except (ValueError, KeyError):
+            found = f"its answer to `info` is not that of a {name}"
         if isinstance(found, Engine):
             answers.append(found)
         else:
@@ -240,7 +249,7 @@ def _programs(name: str) -> list[str]:
 
 
 def _look_podman(program: str) -> Engine | str:
-    done = process.run([program, "info", "--format", "json"], timeout=30)
+    done = process.run([program, "info", "--format", "json"], timeout=ASK_SECONDS)
     if not done.ok:
         return done.said.splitlines()[-1] if done.said else f"exit code {done.code}"
     info = json.loads(done.stdout)
@@ -249,13 +258,13 @@ def _look_podman(program: str) -> Engine | str:
 
 
 def _look_docker(program: str) -> Engine | str:
-    done = process.run([program, "info", "--format", "{{json .}}"], timeout=30)
+    done = process.run([program, "info", "--format", "{{json .}}"], timeout=ASK_SECONDS)
     info = json.loads(done.stdout) if done.stdout.strip().startswith("{") else {}
     if not info.get("ServerVersion"):
         errors = info.get("ServerErrors") or done.said.splitlines()
         return errors[-1] if errors else "no daemon answers"
     plugins = {plugin["Name"] for plugin in (info.get("ClientInfo") or {}).get("Plugins") or []}
-    client = process.run([program, "version", "--format", "{{.Client.Version}}"], timeout=30).stdout
+    client = process.run([program, "version", "--format", "{{.Client.Version}}"], timeout=ASK_SECONDS).stdout
     buildkit = "buildx" in plugins or int(client.split(".")[0] or 0) < 23  # noqa: PLR2004 -- see look()
     root = info.get("DockerRootDir", "")
     return Engine("docker", program, info["ServerVersion"], root if os.access(root, os.R_OK) else "", buildkit=buildkit)
@@ -309,7 +318,10 @@ def prove(engine: Engine) -> Engine:
     done = None
     for attempt in adaptations(engine):
         argv = attempt.run(attempt.local(PROOF_IMAGE), name=f"opencode-server-proof-{os.getpid()}", keep=False)
-        done = attempt.ask(argv, timeout=60)
+        try:
+            done = attempt.ask(argv, timeout=ASK_SECONDS)
+        except subprocess.TimeoutExpired:
+            done = process.Completed(tuple(argv), 1, "", f"no container had started after {ASK_SECONDS:g} s", ASK_SECONDS)
         if done.ok:
             return attempt
         attempt.ask(attempt.remove_container(f"opencode-server-proof-{os.getpid()}"))
