@@ -22,61 +22,37 @@ from pipeline.settings import ROOT
 
 Manager = Literal["apt-get", "dnf", "brew"]
 
-PACKAGES: Mapping[Manager, tuple[str, ...]] = {
-    "apt-get": (
-        "podman",
-        "netavark|containernetworking-plugins",  # podman 3, as in Ubuntu 22.04, knows only the second
-        "aardvark-dns",
-        "iptables",  # netavark calls it, and no package depends on it; newer ones call nft
-        "nftables",
-        "catatonit",  # podman run --init
-        "runc",  # crun refuses hybrid cgroups
-        "uidmap",  # podman without root, to the end of this group; passt replaces slirp4netns from podman 5 on
-        "slirp4netns",
-        "passt",
-        "fuse-overlayfs",
-        "mmdebstrap",  # the base image, where no registry answers
-        "debian-archive-keyring",
-        "ca-certificates",
-        "git",
-    ),
-    "dnf": (
-        "podman",
-        "netavark|containernetworking-plugins",
-        "aardvark-dns",
-        "iptables-nft",
-        "nftables",
-        "catatonit",
-        "runc",
-        "shadow-utils-subid",
-        "slirp4netns",
-        "passt",
-        "fuse-overlayfs",
-        "mmdebstrap",
-        "debian-keyring",
-        "ca-certificates",
-        "git",
-    ),
-    "brew": ("podman", "git"),
+PACKAGES: Mapping[Manager, str] = {
+    "apt-get": "podman netavark|containernetworking-plugins aardvark-dns iptables nftables catatonit runc uidmap"
+    " slirp4netns passt fuse-overlayfs mmdebstrap debian-archive-keyring ca-certificates git",
+    "dnf": "podman netavark|containernetworking-plugins aardvark-dns iptables-nft nftables catatonit runc"
+    " shadow-utils-subid slirp4netns passt fuse-overlayfs mmdebstrap debian-keyring ca-certificates git",
+    "brew": "podman git",
 }
-"""For an engine: in each entry the first name that the manager has is installed, and nothing when it has none."""
+"""For an engine: of each word the first name that the manager has is installed, and nothing when it has none.
 
-FOR_TESTS: Mapping[Manager, Mapping[str, tuple[str, ...]]] = {
+podman 3, as in Ubuntu 22.04, has CNI's plugins for networks and newer ones netavark, which calls iptables, or nft in
+its newer versions, without depending on either. catatonit is ``podman run --init``; runc is for hybrid cgroups, which crun
+refuses; the next four are podman without root (passt is for podman 5); mmdebstrap and Debian's keys make the base
+image where no registry answers.
+"""
+
+FOR_TESTS: Mapping[Manager, Mapping[str, str]] = {
     "apt-get": {
-        "dockerd": ("docker.io", "docker-cli"),
-        "docker-registry": ("docker-registry",),
-        "iptables": ("iptables",),
-        "cron": ("cron",),
+        "dockerd": "docker.io docker-cli",
+        "docker-registry": "docker-registry",
+        "iptables": "iptables",
+        "cron": "cron",
     },
     "dnf": {
-        "dockerd": ("moby-engine", "docker-cli"),
-        "registry": ("docker-distribution",),
-        "iptables": ("iptables-nft",),
-        "crond": ("cronie",),
+        "dockerd": "moby-engine docker-cli",
+        "registry": "docker-distribution",
+        "iptables": "iptables-nft",
+        "crond": "cronie",
     },
     "brew": {},
 }
-"""For the tests: program to the packages that bring it."""
+"""For the tests: a program, and what brings it."""
 
 LISTS = Path("/var/lib/apt/lists")
 DAY = 24 * 60 * 60
@@ -118,9 +94,10 @@ def lacking(manager: Manager | None, *, engine: bool, tests: bool) -> list[str]:
     """Return the entries to install when an ``engine`` answers, or not. Raises SetupFailed when nobody could."""
     path = os.pathsep.join((*os.get_exec_path(), *SBIN))
     known = manager or "apt-get"
-    entries = [] if engine else list(PACKAGES[known])
-    programs = {"git": ("git",)} | (dict(FOR_TESTS[known]) if tests else {})
-    entries += [name for program, names in programs.items() if not shutil.which(program, path=path) for name in names]
+    entries = [] if engine else PACKAGES[known].split()
+    programs = {"git": "git"} | (dict(FOR_TESTS[known]) if tests else {})
+    for program, names in programs.items():
+        entries += [] if shutil.which(program, path=path) else names.split()
     if entries and not manager:
         raise SetupFailed(
             "none of apt-get, dnf and brew is here", f"Install by hand what your system calls: {', '.join(entries)}."

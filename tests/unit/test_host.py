@@ -14,7 +14,7 @@ from pipeline.settings import ROOT
 
 HERE = Engine("podman", "/usr/bin/podman", "4.3.1", flags=("--runtime", "runc"))
 
-APT = set(host.PACKAGES["apt-get"]) - {"netavark|containernetworking-plugins"}
+APT = set(host.PACKAGES["apt-get"].split()) - {"netavark|containernetworking-plugins"}
 AVAILABLE = {
     "debian 12": APT | {"netavark", "containernetworking-plugins"},
     # podman 3.4 and no passt; the plugins of CNI in netavark's place
@@ -25,14 +25,14 @@ AVAILABLE = {
 
 @pytest.mark.parametrize("system", ["debian 12", "ubuntu 24.04"])
 def test_newer_systems_get_netavark_and_not_cni(system: str) -> None:
-    assert host.choose(host.PACKAGES["apt-get"], AVAILABLE[system]) == [
+    assert host.choose(host.PACKAGES["apt-get"].split(), AVAILABLE[system]) == [
         "podman", "netavark", "aardvark-dns", "iptables", "nftables", "catatonit", "runc", "uidmap", "slirp4netns",
         "passt", "fuse-overlayfs", "mmdebstrap", "debian-archive-keyring", "ca-certificates", "git",
     ]  # fmt: skip
 
 
 def test_ubuntu_22_04_gets_cni_and_nothing_it_does_not_have() -> None:
-    assert host.choose(host.PACKAGES["apt-get"], AVAILABLE["ubuntu 22.04"]) == [
+    assert host.choose(host.PACKAGES["apt-get"].split(), AVAILABLE["ubuntu 22.04"]) == [
         "podman", "containernetworking-plugins", "iptables", "nftables", "catatonit", "runc", "uidmap", "slirp4netns",
         "fuse-overlayfs", "mmdebstrap", "debian-archive-keyring", "ca-certificates", "git",
     ]  # fmt: skip
@@ -40,7 +40,7 @@ def test_ubuntu_22_04_gets_cni_and_nothing_it_does_not_have() -> None:
 
 def test_fedora_gets_what_it_has() -> None:
     available = {"podman", "netavark", "aardvark-dns", "iptables-nft", "nftables", "passt", "ca-certificates", "git"}
-    assert host.choose(host.PACKAGES["dnf"], available) == [
+    assert host.choose(host.PACKAGES["dnf"].split(), available) == [
         "podman", "netavark", "aardvark-dns", "iptables-nft", "nftables", "passt", "ca-certificates", "git",
     ]  # fmt: skip
 
@@ -63,7 +63,7 @@ def test_install_argv(manager: host.Manager, argv: list[str], root: bool, sudo: 
 
 
 def test_brew_never_gets_sudo() -> None:
-    argvs = host.install_argv("brew", host.PACKAGES["brew"], root=False, sudo=True)
+    argvs = host.install_argv("brew", host.PACKAGES["brew"].split(), root=False, sudo=True)
     assert argvs == [["brew", "install", "podman", "git"]]
 
 
@@ -114,7 +114,7 @@ class Machine:
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
     def apt(self, install: str = "") -> None:
-        names = " ".join(name for entry in host.PACKAGES["apt-get"] for name in entry.split("|"))
+        names = " ".join(name for entry in host.PACKAGES["apt-get"].split() for name in entry.split("|"))
         policy = f'for n in {names}; do printf "%s:\\n  Installed: (none)\\n  Candidate: 1\\n" $n; done'
         self.program("apt-cache", policy)
         self.program("apt-get", f"case $1 in install) {install or ':'} ;; esac")
