@@ -183,9 +183,20 @@ def test_ref_and_latest_replace_the_pin(
     record = fetch(vendor, **options)
     assert (record.commit, record.ref) == (wanted, ref.replace("COMMIT", wanted))
     assert (vendor / "OpenAgents" / AGENT).read_text() == commit
+    assert git(vendor / "OpenAgents", "rev-list", "--count", "HEAD") == "1"
     server.requests = 0
     assert fetch(vendor, **options) == record
     assert server.requests <= 2  # a branch has to be asked for; nothing is transferred
+
+
+@pytest.mark.usefixtures("server")
+def test_a_users_git_configuration_changes_no_bytes(
+    vendor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gitconfig").write_text("[core]\n\tautocrlf = true\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    fetch(vendor)
+    assert (vendor / "OpenAgents/run.sh").read_bytes() == b"true\n"
 
 
 def test_settings_replace_the_pin_and_arguments_replace_them(server: Server, vendor: Path, upstream: Upstream) -> None:
@@ -453,12 +464,15 @@ def test_read_only_vendor(vendor: Path, upstream: Upstream, fetched: openagents.
     assert child.returncode == 0, said  # nothing to do needs no writing
 
 
+@pytest.mark.parametrize("megabytes", [6, 14], ids=["transfer", "checkout"])
 @pytest.mark.usefixtures("server")
-def test_disk_full(vendor: Path, upstream: Upstream, fetched: openagents.Record, tmp_path: Path) -> None:
+def test_disk_full(
+    vendor: Path, upstream: Upstream, fetched: openagents.Record, tmp_path: Path, megabytes: int
+) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
     before = in_mounts(
-        f'mount -t tmpfs -o size=6m tmpfs {copy}; cp -a {vendor}/. {copy}; set +e; "$@"; code=$?;'
+        f'mount -t tmpfs -o size={megabytes}m tmpfs {copy}; cp -a {vendor}/. {copy}; set +e; "$@"; code=$?;'
         f" ls -A {copy}; cat {copy}/OpenAgents/.fetched.json; exit $code"
     )
     child = start(copy, before=before, ref=upstream.fat)
@@ -489,12 +503,12 @@ def test_killed_while_the_host_is_at_work(
 
 
 DIE = "os.kill(os.getpid(), signal.SIGKILL)"
+TWO_RENAMES = "openagents._exchange = lambda *_: False; rename = Path.rename"
 SWAPS = {
     "before the swap": (f"openagents._swap = lambda *_: {DIE}", "one"),
     "after the swap": (f"swap = openagents._swap; openagents._swap = lambda *a: (swap(*a), {DIE})", "two"),
     "between two renames": (
-        "openagents._exchange = lambda *_: False; rename = Path.rename; "
-        f"Path.rename = lambda *a: (rename(*a), a[0].name == 'OpenAgents' and {DIE})",
+        f"{TWO_RENAMES}; Path.rename = lambda *a: (rename(*a), a[0].name == 'OpenAgents' and {DIE})",
         "",
     ),
 }
