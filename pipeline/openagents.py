@@ -42,13 +42,14 @@ _ASK_FOR_REF = "Give --ref a branch, a tag or a full commit of that repository."
 _TRY_LATER = "Try again later, or give --url a mirror or a clone."
 _MAKE_ROOM = "Make room on the disk that holds vendor/, then fetch again."
 _NO_SINGLE_COMMITS = "unadvertised object|dumb http"
+_FULL = "No space left|quota exceeded|Out of diskspace|unable to write"  # the last: git checkout's only words
 _REFUSED = (
     "error: 40[134]|not found|not exist|not appear to be|not a git repository|not allowed|not exported|valid: is|"
     "could not read|Authentication failed|Permission denied|Host key|ownership|remote helper|not a git command"
 )
 # git has one exit code for every fault: its words, which GitPython asks for in English, are all there is to go by.
 _WORDS: tuple[tuple[str, type[PipelineError], str], ...] = (
-    ("No space left|quota exceeded", errors.DiskFull, _MAKE_ROOM),
+    (_FULL, errors.DiskFull, _MAKE_ROOM),
     ("from proxy|proxy CONNECT", GitHostUnreachable, "Ask for access through the proxy, or give --url a mirror."),
     ("certificate", GitHostUnreachable, "Where TLS is intercepted, name its authority with --ca FILE."),
     ("not our ref|find remote ref|" + _NO_SINGLE_COMMITS, NoSuchRef, _ASK_FOR_REF),
@@ -486,7 +487,7 @@ def _held(vendor: Path) -> Iterator[None]:
                 shutil.rmtree(dead, ignore_errors=True)
             yield
     except (OSError, GitError) as error:
-        if "No space left" in str(error) or getattr(error, "errno", 0) == errno.EDQUOT:
+        if re.search(_FULL, str(error)) or getattr(error, "errno", 0) == errno.EDQUOT:
             raise errors.DiskFull(f"No space is left in {vendor}", _MAKE_ROOM, str(error)) from error
         remedy = f"Make {vendor} a directory that you may write to, then fetch again."
         raise VendorUnusable(f"{vendor} cannot be written: {error}", remedy) from error
