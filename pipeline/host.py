@@ -32,8 +32,8 @@ PACKAGES: Mapping[Manager, str] = {
 """For an engine: of each word the first name that the manager has is installed, and nothing when it has none.
 
 podman 3, as in Ubuntu 22.04, has CNI's plugins for networks and newer ones netavark, which calls iptables, or nft in
-its newer versions, without depending on either. catatonit is ``podman run --init``; runc is for hybrid cgroups, which crun
-refuses; the next four are podman without root (passt is for podman 5); mmdebstrap and Debian's keys make the base
+its newer versions, without depending on either. catatonit is ``podman run --init``; runc is for hybrid cgroups, which
+crun refuses; the next four are podman without root (passt is for podman 5); mmdebstrap and Debian's keys make the base
 image where no registry answers.
 """
 

@@ -25,7 +25,7 @@ def where(c, name="", code=0):
     print(f"cwd={os.getcwd()} prefix={sys.prefix} name={name}")
     raise Exit(code=code)
 """
-TOOLS = ("cat", "cmp", "cp", "dirname", "env", "flock", "mv", "rm", "sh")
+TOOLS = ("cat", "cmp", "cp", "env", "flock", "mv", "rm", "sh")
 PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 DEADLINE = 30
 
