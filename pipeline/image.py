@@ -56,7 +56,7 @@ class Steps:
                 # podman's mark of a finished step names no stage; the last one before the next step is that step's.
                 del self.commits[-1:]
             self.began[stage] = (step[2], now)
-        elif line.startswith(("-->", " ---> ")):
+        elif re.match(r"(?:-->| --->) [0-9a-f]+$", line):  # `Using cache` and `Running in` are said besides
             self.commits.append(now)
         elif step := re.match(r"#(\d+) (\[.+)", line):  # BuildKit times its steps itself
             self.names[step[1]] = step[2]

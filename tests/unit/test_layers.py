@@ -1,0 +1,221 @@
+"""What must not be in a layer is planted in one, and found; what is harmless is not."""
+
+import base64
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import layers, process
+from pipeline.engine import Engine
+from pipeline.layers import Findings, look, secrets_in
+
+
+def certificate(text: str) -> str:
+    body = base64.encodebytes(text.encode() * 20).decode().strip()
+    return f"-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n"
+
+
+def key(kind: str = "") -> str:
+    return f"-----BEGIN {kind}PRIVATE KEY-----\n{'QUJD' * 16}\n-----END {kind}PRIVATE KEY-----\n"
+
+
+OFFICE, PUBLIC = certificate("office"), certificate("public")
+EXTRA = layers.ca.certificates(OFFICE)
+
+# None of these is whole in this file: a scanner of this repository would find it too.
+TOKENS = {
+    "aws": "AKIA" + "IOSFODNN7" + "ABCDEFG",
+    "github": "ghp" + "_" + "a1B2" * 9,
+    "fine-grained": "github" + "_pat_" + "a1B2c3" * 12,
+    "npm": "npm" + "_" + "a1B2" * 9,
+    "openai": "sk-" + "proj-" + "a1B2" * 12,
+    "anthropic": "sk-" + "ant-" + "a1B2" * 12,
+}
+CANARIES = {
+    "root/.ssh/id_ed25519": "-",
+    "app/.env": "A=1",
+    "app/.env.production": "A=1",
+    "root/.npmrc": "//registry/:_authToken=x",
+    "root/.netrc": "machine x",
+    "root/.git-credentials": "https://x:y@z",
+    "root/.docker/config.json": "{}",
+    "opt/openagents/.git/HEAD": "ref: refs/heads/main",
+    "etc/server.key": key("RSA "),
+    "etc/other.key": key(),
+    **{f"srv/{name}.txt": f"token = '{token}'\n" for name, token in TOKENS.items()},
+}
+HARMLESS = {
+    "app/.env.example": "A=",
+    "app/environment": "A=1",
+    "opt/node/test/keys.md": "Files begin with -----BEGIN PRIVATE KEY----- and a newline.",
+    "opt/docs.txt": f"AKIA{'IOSFODNN7'}EXAMPLE, ghp_short, npm_config_cache, sk-proj-x",
+    "usr/share/ca-certificates/mozilla/Public.crt": PUBLIC,
+    "etc/ssl/certs/ca-certificates.crt": PUBLIC,
+    "opt/venv/lib/python3.11/site-packages/certifi/cacert.pem": PUBLIC + certificate("another public one"),
+    "usr/lib/binary": "\0" + key(),
+    "opt/gitignore": ".git",
+}
+
+
+def plant(root: Path, files: dict[str, str]) -> Path:
+    for path, text in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+    return root
+
+
+def in_directory(root: Path) -> Iterator[layers.Entry]:
+    return layers._in_directory(root)
+
+
+def in_tar(root: Path) -> Iterator[layers.Entry]:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as made:
+        made.add(root, arcname=".")
+    stream.seek(0)
+    with tarfile.open(fileobj=stream) as layer:
+        yield from layers._in_tar(layer)
+
+
+@pytest.fixture(params=[in_directory, in_tar], ids=["directory", "tar"])
+def entries(request: pytest.FixtureRequest) -> Callable[[Path], Iterator[layers.Entry]]:
+    return request.param  # type: ignore[no-any-return]
+
+
+def test_every_canary_is_found(tmp_path: Path, entries: Callable[[Path], Iterator[layers.Entry]]) -> None:
+    found = look(entries(plant(tmp_path, CANARIES | HARMLESS))).secrets
+    assert sorted(found) == sorted(
+        [
+            "root/.ssh/id_ed25519",
+            "app/.env",
+            "app/.env.production",
+            "root/.npmrc",
+            "root/.netrc",
+            "root/.git-credentials",
+            "root/.docker/config.json",
+            "opt/openagents/.git",
+            "etc/server.key (holds -----BEGIN R…)",
+            "etc/other.key (holds -----BEGIN P…)",
+            *(f"srv/{name}.txt (holds {token[:12]}…)" for name, token in TOKENS.items()),
+        ]
+    )
+
+
+def test_a_clean_tree_is_clean(tmp_path: Path, entries: Callable[[Path], Iterator[layers.Entry]]) -> None:
+    plant(tmp_path, HARMLESS)
+    (tmp_path / "dangling").symlink_to("/nowhere/.env.not")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    findings = look(entries(tmp_path))
+    assert findings.secrets == []
+    assert sorted(findings.certificates) == sorted(path for path, text in HARMLESS.items() if "CERTIFICATE" in text)
+
+
+def test_a_file_too_large_to_be_a_key_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(tmp_path, {"big.log": key()})
+    assert look(in_directory(tmp_path)).secrets
+    monkeypatch.setattr(layers, "TEXT_LIMIT", 50)
+    assert look(in_directory(tmp_path)) == Findings()
+
+
+def test_only_the_beginning_of_a_secret_is_shown() -> None:
+    for token in TOKENS.values():
+        assert secrets_in(f"x {token} y".encode()) == [token[:12]]
+        assert len(token) > 19
+
+
+@dataclass(frozen=True)
+class Archive(Engine):
+    """An engine with one image: its history, and, for `save`, the tar of its layers."""
+
+    history: str = "/bin/sh -c apt-get update"
+    saved: Path | None = None
+    asked: list[str] = field(default_factory=list)
+
+    def ask(self, argv: Any, **_: Any) -> process.Completed:
+        self.asked.append(argv[1])
+        if argv[1] == "save":
+            assert self.saved
+            shutil.copy(self.saved, argv[argv.index("--output") + 1])
+        return process.Completed(tuple(argv), 0, self.history if argv[1] == "history" else "", "", 0.0)
+
+
+def image(*directories: Path, digests: int) -> dict[str, Any]:
+    """An inspection; overlay lists the directories below the top one from the highest down."""
+    upper, *lower = [str(directory) for directory in reversed(directories)] or [""]
+    data = {"UpperDir": upper, "LowerDir": ":".join(lower)} if directories else {}
+    return {
+        "Id": "sha256:i",
+        "RootFS": {"Layers": [f"sha256:{n}" for n in range(digests)]},
+        "GraphDriver": {"Name": "overlay", "Data": data},
+    }
+
+
+@pytest.fixture(autouse=True)
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(layers, "BUILD", tmp_path / "build")
+    return tmp_path / "build"
+
+
+def test_a_layer_is_looked_at_once(tmp_path: Path, build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    low, high = plant(tmp_path / "low", HARMLESS), plant(tmp_path / "high", {"app/.env": "A=1"})
+    engine = Archive("podman", "/p", "4")
+    subject = image(low, high, digests=2)
+    faults = ["/app/.env"]
+    assert layers.check(engine, subject, {}) == (faults, 2)
+    kept = json.loads((build / "layers.json").read_text())["layers"]
+    assert kept["sha256:1"]["secrets"] == ["app/.env"]
+    assert kept["sha256:0"]["secrets"] == []
+    (high / "app" / ".env").unlink()
+    assert layers.check(engine, subject, {}) == (faults, 2)
+    monkeypatch.setattr(layers, "RULES", "other rules")
+    assert layers.check(engine, subject, {}) == ([], 2)
+    assert engine.asked == ["history"] * 3
+
+
+def test_a_ca_of_this_network_is_found_wherever_it_is(tmp_path: Path) -> None:
+    system = plant(tmp_path / "system", HARMLESS)
+    bundle = plant(tmp_path / "bundle", {"etc/ssl/certs/ca-certificates.crt": PUBLIC + OFFICE, "tmp/ca.pem": PUBLIC})
+    engine = Archive("podman", "/p", "4")
+    subject = image(system, bundle, digests=2)
+    faults, _ = layers.check(engine, subject, EXTRA)
+    assert faults == ["/etc/ssl/certs/ca-certificates.crt holds a CA of this network"]
+    # One that the image's own Debian package carries is public, however old the list here is.
+    assert layers.check(engine, subject, layers.ca.certificates(PUBLIC)) == ([], 2)
+
+
+def test_where_the_layers_cannot_be_read_the_engine_writes_them_out(tmp_path: Path) -> None:
+    outer = tmp_path / "saved.tar"
+    planted = [plant(tmp_path / "a", HARMLESS), plant(tmp_path / "b", {"root/.npmrc": "x", "ca.pem": OFFICE})]
+    with tarfile.open(outer, "w") as saved:
+        for number, root in enumerate(planted):
+            with tarfile.open(tmp_path / f"{number}.tar", "w") as layer:
+                layer.add(root, arcname=".")
+            saved.add(tmp_path / f"{number}.tar", arcname=f"{number}.tar")
+        manifest = json.dumps([{"Layers": ["0.tar", "1.tar"]}]).encode()
+        member = tarfile.TarInfo("manifest.json")
+        member.size = len(manifest)
+        saved.addfile(member, io.BytesIO(manifest))
+    engine = Archive("docker", "/d", "20", saved=outer)
+    faults, count = layers.check(engine, image(digests=2), EXTRA)
+    assert (faults, count) == (["/root/.npmrc", "/ca.pem holds a CA of this network"], 2)
+    assert engine.asked == ["save", "history"]
+
+
+@pytest.mark.parametrize(
+    ("history", "fault"),
+    [
+        (f"RUN curl -H 'token: {TOKENS['github']}'", "the history holds ghp_a1B2a1B2…"),
+        (f"RUN echo '{OFFICE}' > /ca", "the history holds a certificate"),
+        (f"ENV KEY={TOKENS['openai']}", "the history holds sk-proj-a1B2…"),
+    ],
+)
+def test_the_history_is_looked_at_too(tmp_path: Path, history: str, fault: str) -> None:
+    engine = Archive("podman", "/p", "4", history=history)
+    assert layers.check(engine, image(plant(tmp_path / "l", HARMLESS), digests=1), {}) == ([fault], 1)
