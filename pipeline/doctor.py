@@ -34,7 +34,7 @@ PORT = 4096
 
 REMEDIES: Mapping[engines.Name, str] = {
     "podman": "inv setup installs it, unless docker is what you want.",
-    "docker": "Start its daemon, if this is the engine you want.",
+    "docker": "Install it, or start its daemon, if this is the engine you want.",
 }
 
 QUIET_GIT = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": "ssh -o BatchMode=yes"}

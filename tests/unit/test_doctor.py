@@ -38,7 +38,7 @@ def test_a_client_without_a_daemon_is_only_a_warning_beside_an_engine_that_works
     assert working == [HERE]
     assert [(row.what, row.state) for row in rows] == [("python", "ok"), ("podman", "ok"), ("docker", "warn")]
     assert rows[2].detail == "/usr/bin/docker: no daemon answers"
-    assert "Start its daemon" in rows[2].remedy
+    assert "start its daemon" in rows[2].remedy
 
 
 def test_no_engine_is_a_failure_and_the_table_comes_first(
