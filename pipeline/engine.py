@@ -321,7 +321,7 @@ def prove(engine: Engine) -> Engine:
         try:
             done = attempt.ask(argv, timeout=ASK_SECONDS)
         except subprocess.TimeoutExpired:
-            done = process.Completed(tuple(argv), 1, "", f"no container had started after {ASK_SECONDS:g} s", ASK_SECONDS)
+            done = process.Completed(tuple(argv), 1, "", f"nothing had started after {ASK_SECONDS:g} s", ASK_SECONDS)
         if done.ok:
             return attempt
         attempt.ask(attempt.remove_container(f"opencode-server-proof-{os.getpid()}"))

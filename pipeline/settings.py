@@ -18,7 +18,7 @@ BUILD = ROOT / "build"
 """What the tasks write down: records, reports, summaries. Never committed."""
 
 _INVOKE_OWN = frozenset({"run", "runners", "sudo", "tasks", "timeouts"})
-_INVOKE_OWN_ENV = ("INVOKE_RUN_", "INVOKE_SUDO_", "INVOKE_TASKS_", "INVOKE_TIMEOUTS_", "INVOKE_RUNNERS_", "INVOKE_DEBUG")
+_INVOKE_OWN_ENV = (*(f"INVOKE_{section.upper()}_" for section in _INVOKE_OWN), "INVOKE_DEBUG")
 
 
 class _Section(BaseModel):

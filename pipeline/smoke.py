@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import subprocess
 import time
@@ -17,9 +18,12 @@ from pipeline import probes
 from pipeline.container import SECRET, Server, remove_leftovers, running, wait_ready
 from pipeline.engine import Engine
 from pipeline.errors import NoSuchImage, PipelineError, SmokeFailed
-from pipeline.image import OURS, now, write_json
+from pipeline.image import OURS, now, without_credentials, write_json
 from pipeline.report import fail, megabytes, ok, say, warn
 from pipeline.settings import BUILD, Settings
+
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What no XML may hold, escaped or not; a log in colour does."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def smoke_url(settings: Settings, url: str) -> dict[str, Any]:
     ready = time.monotonic() - began
     subject = probes.Subject(settings, server)
     answers = _ask([probe for probe in probes.PROBES if probe.needs == "server"], subject)
-    return _report(answers, target=url, seconds=time.monotonic() - began, ready=ready)
+    return _report(answers, target=without_credentials(url), seconds=time.monotonic() - began, ready=ready)
 
 
 def ask_image(settings: Settings, engine: Engine, image: dict[str, Any]) -> tuple[list[Answer], float]:
@@ -179,7 +183,8 @@ def _write_junit(answers: list[Answer], seconds: float) -> None:
     for answer in answers:
         case = ET.SubElement(suite, "testcase", classname="smoke", name=answer.name, time=f"{answer.seconds:.3f}")
         if not answer.passed:
-            ET.SubElement(case, "failure", message=answer.detail[:200]).text = answer.detail
+            detail = _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", answer.detail)
+            ET.SubElement(case, "failure", message=detail[:200]).text = detail
     draft = BUILD / f"smoke.{os.getpid()}.part"
     ET.ElementTree(suite).write(draft, encoding="utf-8", xml_declaration=True)
     draft.replace(BUILD / "smoke.xml")

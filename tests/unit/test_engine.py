@@ -1,6 +1,9 @@
 """podman and docker: exact command lines, and which of several programs on PATH is taken."""
 
 import json
+import platform
+import resource
+import shutil
 import struct
 import subprocess
 from collections.abc import Callable
@@ -150,14 +153,14 @@ def test_podman_keeps_what_was_made_here_under_localhost(name: str, podman_says:
 
 def test_adaptations_go_from_none_to_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     hard = {number: value for (_, number), value in zip(engines.LIMITS, (1024, -1), strict=True)}
-    monkeypatch.setattr(engines.resource, "getrlimit", lambda number: (0, hard[number]))
-    monkeypatch.setattr(engines.shutil, "which", lambda _: "/usr/bin/runc")
+    monkeypatch.setattr(resource, "getrlimit", lambda number: (0, hard[number]))
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/runc")
     limits = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=16384:16384")
     runc = ("--runtime", "runc")
     plain = Engine("podman", "/p", "4")
     tries = [((), ()), ((), limits), (runc, ()), (runc, limits)]
     assert [(each.flags, each.limits) for each in adaptations(plain)] == tries
-    monkeypatch.setattr(engines.shutil, "which", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
     assert [(each.flags, each.limits) for each in adaptations(plain)] == tries[:2]
     assert adaptations(DOCKER) == [DOCKER]
 
@@ -198,7 +201,7 @@ def test_a_client_without_a_daemon_is_no_engine(place: Place) -> None:
     ],
 )
 def test_of_two_clients_the_one_that_can_buildkit_is_taken(
-    place: Place, first: tuple[str, bool], second: tuple[str, bool], taken: int, buildkit: bool, tmp_path: Path
+    place: Place, first: tuple[str, bool], second: tuple[str, bool], taken: int, *, buildkit: bool, tmp_path: Path
 ) -> None:
     programs = [
         place("docker", docker(version, buildx=buildx, root=str(tmp_path))) for version, buildx in (first, second)
@@ -253,8 +256,8 @@ def test_a_container_that_hangs_at_its_start_is_a_broken_engine(place: Place, mo
     assert f"rm --force --volumes --time 0 {'opencode-server-proof'}" in program.with_name("podman.log").read_text()
 
 
-def test_nothing_installed_says_so_of_each(place: Place) -> None:
-    assert place
+@pytest.mark.usefixtures("place")
+def test_nothing_installed_says_so_of_each() -> None:
     with pytest.raises(NoEngine, match="podman is not installed; docker is not installed"):
         find()
     with pytest.raises(NoEngine) as caught:
@@ -280,7 +283,7 @@ def test_flags_are_proven_once_a_boot_and_again_when_anything_changed(
     del asked[:]
     adapt(replace(plain, version="5.0.0"))
     adapt(replace(plain, version="5.0.0", program="/other"))
-    monkeypatch.setattr(engines.resource, "getrlimit", lambda _: (1, 2))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1, 2))
     adapt(replace(plain, version="5.0.0", program="/other"))
     record = tmp_path / "build" / "engine-podman.json"
     known = json.loads(record.read_text())
@@ -316,7 +319,7 @@ def test_an_image_that_is_not_here(place: Place) -> None:
 
 def test_the_proof_program_runs_and_ends_well(tmp_path: Path) -> None:
     program = tmp_path / "exit0"
-    program.write_bytes(exit_program(engines.platform.machine()))
+    program.write_bytes(exit_program(platform.machine()))
     program.chmod(0o755)
     assert subprocess.run([program], check=False).returncode == 0
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import base, image, openagents, process
+from pipeline import base, ca, image, openagents, process
 from pipeline.engine import Engine
 from pipeline.errors import (
     BuildFailed,
@@ -141,7 +141,7 @@ ENGINE = Engine("docker", "/d", "20.10")
 @pytest.mark.parametrize(
     ("said", "alive", "failure"),
     [
-        ("Error: building at STEP \"RUN false\": while running runtime: exit status 1", True, BuildFailed),
+        ('Error: building at STEP "RUN false": while running runtime: exit status 1', True, BuildFailed),
         ("writing blob: write /var/tmp/x: no space left on device", True, DiskFull),
         ("npm ERR! code ENOSPC", False, DiskFull),
         ("Dockerfile parse error line 3: unknown instruction: RUNN", True, ContainerfileRefused),
@@ -152,7 +152,7 @@ ENGINE = Engine("docker", "/d", "20.10")
     ],
 )
 def test_a_failed_build_is_explained_by_what_it_said(
-    monkeypatch: pytest.MonkeyPatch, said: str, alive: bool, failure: type[PipelineError]
+    monkeypatch: pytest.MonkeyPatch, said: str, *, alive: bool, failure: type[PipelineError]
 ) -> None:
     monkeypatch.setattr(image, "look", lambda _: (ENGINE if alive else None, []))
     before = "\n".join(f"line {number}" for number in range(100))
@@ -330,7 +330,7 @@ def ready(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Builder]
     monkeypatch.setattr(image, "BUILD", tree / "build")
     monkeypatch.setattr(openagents, "read", lambda _: FETCHED)
     monkeypatch.setattr(base, "ensure", lambda *_, **__: PULLED)
-    monkeypatch.setattr(image.ca, "stage", lambda _: 0)
+    monkeypatch.setattr(ca, "stage", lambda _: 0)
     monkeypatch.setattr(image, "look", lambda _: (ENGINE, []))
 
     def use(*, fails: bool = False) -> Builder:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import layers, process
+from pipeline import ca, layers, process
 from pipeline.engine import Engine
 from pipeline.layers import Findings, look, secrets_in
 
@@ -27,7 +27,7 @@ def key(kind: str = "") -> str:
 
 
 OFFICE, PUBLIC = certificate("office"), certificate("public")
-EXTRA = layers.ca.certificates(OFFICE)
+EXTRA = ca.certificates(OFFICE)
 
 # None of these is whole in this file: a scanner of this repository would find it too.
 TOKENS = {
@@ -187,7 +187,7 @@ def test_a_ca_of_this_network_is_found_wherever_it_is(tmp_path: Path) -> None:
     faults, _ = layers.check(engine, subject, EXTRA)
     assert faults == ["/etc/ssl/certs/ca-certificates.crt holds a CA of this network"]
     # One that the image's own Debian package carries is public, however old the list here is.
-    assert layers.check(engine, subject, layers.ca.certificates(PUBLIC)) == ([], 2)
+    assert layers.check(engine, subject, ca.certificates(PUBLIC)) == ([], 2)
 
 
 def test_where_the_layers_cannot_be_read_the_engine_writes_them_out(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_lines_are_handed_on_as_they_come_and_the_last_are_kept() -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_timeout_ends_the_child_and_its_children(tmp_path: Path, streamed: bool) -> None:
+def test_a_timeout_ends_the_child_and_its_children(tmp_path: Path, *, streamed: bool) -> None:
     note = tmp_path / "pid"
     argv = ["sh", "-c", f"sleep 60 & echo $! > {note}; echo said; wait"]
     began = time.monotonic()
@@ -92,7 +92,9 @@ def test_a_program_that_cannot_be_run_is_named(tmp_path: Path, reason: str) -> N
         process.run([str(program)])
 
 
-def test_the_command_is_shown_when_asked_for(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_is_shown_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(process, "echo", True)
     process.run(["true", "two words"])
     process.run(["echo", "on the terminal"], terminal=True)

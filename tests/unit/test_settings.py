@@ -43,7 +43,7 @@ def invoke(project: Path, *options: str, **env: str) -> subprocess.CompletedProc
 
 
 def test_invoke_yaml_is_every_setting_with_its_default_and_a_comment() -> None:
-    config = Config(project_location=str(ROOT), lazy=True)
+    config = Config(project_location=ROOT, lazy=True)
     config.load_project()
     written = {name: value for name, value in config.items() if name not in settings._INVOKE_OWN}
     assert written == json.loads(Settings().model_dump_json())
@@ -121,7 +121,7 @@ def test_every_fault_is_named_at_once_and_settings_do_not_change() -> None:
         ("INVOKE_READY_SECONDS", False),
     ],
 )
-def test_a_misspelt_variable_is_refused(name: str, known: bool) -> None:
+def test_a_misspelt_variable_is_refused(name: str, *, known: bool) -> None:
     if known:
         load({}, {name: "1"})
     else:
