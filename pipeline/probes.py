@@ -211,7 +211,7 @@ def programs(subject: Subject) -> str:
         "set -e; rclone version | head -n 1; redis-cli --version; git --version; "
         '/opt/venv/bin/python -c \'from importlib.metadata import version; print("b2sdk", version("b2sdk"))\'; '
         "test -x /usr/sbin/cron; dpkg-query --show --showformat='${Package} ${Version}\\n' cron; "
-        "node --version; npm --version; /opt/venv/bin/ddtrace-run --version"
+        "rg --version | head -n 1; node --version; npm --version; /opt/venv/bin/ddtrace-run --version"
     )
     said = subject.inside("sh", "-c", script).splitlines()
     return ", ".join(re.sub(r" version|-cli|ddtrace-run ", "", line) for line in said[:5])
