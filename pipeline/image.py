@@ -52,9 +52,11 @@ class Steps:
         if step := re.match(r"(?:\[(\d+)/\d+\] )?(?:STEP|Step) \d+/\d+ ?: (.+)", line):
             stage = step[1] or ""
             if stage in self.began:
-                self._close(stage, now)
                 # podman's mark of a finished step names no stage; the last one before the next step is that step's.
-                del self.commits[-1:]
+                # FROM has none (docker's old builder marks it too).
+                if "Step " in line or not self.began[stage][0].startswith("FROM"):
+                    del self.commits[-1:]
+                self._close(stage, now)
             self.began[stage] = (step[2], now)
         elif re.match(r"(?:-->| --->) [0-9a-f]+$", line):  # `Using cache` and `Running in` are said besides
             self.commits.append(now)
