@@ -308,6 +308,18 @@ def test_never_and_always(registry: Callable[..., Calls]) -> None:
     assert not [argv for argv in calls.argvs if "pull" in argv]
 
 
+def test_the_other_kind_is_not_taken_when_the_setting_says_so(registry: Callable[..., Calls]) -> None:
+    registry("node")
+    pulled, made = (base.ensure(ENGINE, settings(make)) for make in ("auto", "always"))
+    assert pulled
+    assert made
+    assert (pulled.made, made.made) == (False, True)
+    registry()
+    assert base.ensure(ENGINE, settings())
+    with pytest.raises(BaseUnavailable):
+        base.ensure(ENGINE, settings("never"))
+
+
 def test_a_dry_run_changes_nothing_and_a_full_disk_is_named(registry: Callable[..., Calls]) -> None:
     calls = registry("node")
     assert base.ensure(ENGINE, settings(), dry_run=True) is None
