@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
     from invoke.context import Context
 
     from pipeline.settings import Settings
+
+if any(name.startswith("INVOKE_") for name in os.environ):
+    from pipeline.settings import check_environment
+
+    check_environment()  # Invoke reads them right after this file, and meets a number that is none with a traceback
 
 ENGINE = {"engine": "podman or docker; otherwise the one that answers", "dry_run": "say what would be done, and stop"}
 

@@ -68,11 +68,11 @@ class Settings(_Section):
 
 
 def load(config: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Settings:
-    """Return the settings in Invoke's merged ``config``; ``environ`` is only searched for misspelt ``INVOKE_*``.
+    """Return the settings in Invoke's merged ``config``; ``environ`` is checked too.
 
     Raises SettingRefused, naming each key that is unknown or has an impossible value.
     """
-    _refuse_unknown_variables(environ)
+    check_environment(environ)
     try:
         return Settings.model_validate({key: value for key, value in config.items() if key not in _INVOKE_OWN})
     except ValidationError as error:
@@ -80,22 +80,37 @@ def load(config: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> 
         raise SettingRefused("; ".join(faults), "invoke.yaml lists every setting with what it may be.") from error
 
 
-def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
-    known = set(_variables(Settings))
+def check_environment(environ: Mapping[str, str] = os.environ) -> None:
+    """Refuse an ``INVOKE_*`` variable that is no setting, or whose value cannot be one. Raises SettingRefused.
+
+    Invoke itself ignores the one, and meets the other with a traceback before any task begins.
+    """
+    known = _variables(Settings)
     for name in sorted(environ):
-        if name.startswith("INVOKE_") and not name.startswith(_INVOKE_OWN_ENV) and name not in known:
+        if not name.startswith("INVOKE_") or name.startswith(_INVOKE_OWN_ENV):
+            continue
+        if name not in known:
             raise SettingRefused(
                 f"{name} is no setting", f"It may be one of {', '.join(sorted(known))}; unset it or correct it."
             )
+        section, key = known[name]
+        if section.model_fields[key].annotation == tuple[str, ...]:
+            raise SettingRefused(f"{name} is a list, which no variable can hold", "Put it in a file: inv -f FILE.yaml.")
+        try:
+            section.model_validate({key: environ[name]})
+        except ValidationError as error:
+            raise SettingRefused(
+                f"{name}={environ[name]}: {error.errors()[0]['msg']}", "invoke.yaml says what it may be."
+            ) from error
 
 
-def _variables(section: type[BaseModel], prefix: str = "INVOKE") -> list[str]:
-    names = []
+def _variables(section: type[BaseModel], prefix: str = "INVOKE") -> dict[str, tuple[type[BaseModel], str]]:
+    found: dict[str, tuple[type[BaseModel], str]] = {}
     for name, field in section.model_fields.items():
         variable = f"{prefix}_{name.upper()}"
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            names += _variables(inner, variable)
+            found |= _variables(inner, variable)
         else:
-            names.append(variable)
-    return names
+            found[variable] = section, name
+    return found

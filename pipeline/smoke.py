@@ -63,6 +63,7 @@ def smoke(settings: Settings, engine: Engine, reference: str = "", *, dry_run: b
 
 def smoke_url(settings: Settings, url: str) -> dict[str, Any]:
     """Ask a server that already runs what can be asked over HTTP; its password is that of the environment."""
+    url = url if "://" in url else f"http://{url}"
     server = Server(url.rstrip("/"), os.environ.get(SECRET, ""), settings.smoke.request_seconds)
     began = time.monotonic()
     wait_ready(server, began + settings.smoke.ready_seconds)

@@ -305,12 +305,14 @@ class Builder:
     def __init__(self, *, fails: bool = False) -> None:
         self.here: set[str] = set()
         self.builds: list[list[str]] = []
+        self.texts: list[str] = []
         self.fails = fails
 
     def __call__(self, argv: list[str], **options: Any) -> process.Completed:
         code, out = 0, ""
         if argv[1] == "build":
             self.builds.append(argv)
+            self.texts.append(Path(argv[argv.index("--file") + 1]).read_text())
             options["on_line"]("Step 1/1 : FROM base")
             if self.fails:
                 code, out = 1, "exit status 1"
@@ -349,8 +351,10 @@ def test_the_runtime_is_built_once_and_the_rest_on_top_of_it(
     runtime, server = builder.builds
     assert runtime[runtime.index("--target") + 1] == "runtime"
     tag = runtime[runtime.index("--tag") + 1]
-    assert f"RUNTIME={tag}" in server
-    assert "BASE=opencode-server-base:pulled-1" in server
+    assert "BASE=opencode-server-base:pulled-1" in runtime
+    assert f"\nFROM {tag} AS server\n" in builder.texts[1]
+    assert builder.texts[1].count("FROM") == 1
+    assert builder.texts[1].count("\n") == builder.texts[0].count("\n"), "a line that an error names is where it says"
     assert server[server.index("--tag") + 1] == "opencode-server:candidate"
     assert "org.opencontainers.image.title=opencode-server" in server
     assert record == json.loads((tree / "build" / "build-docker.json").read_text())

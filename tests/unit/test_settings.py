@@ -76,8 +76,19 @@ def test_the_environment_and_a_file_of_ones_own_override_a_line(project: Path) -
 def test_what_is_refused_is_named_and_leaves_with_10(project: Path) -> None:
     done = invoke(project, INVOKE_SMOKE_PORT="70000")
     assert (done.returncode, done.stdout) == (10, "")
-    assert done.stderr.startswith("SettingRefused: smoke.port: ")
+    assert done.stderr.startswith("SettingRefused: INVOKE_SMOKE_PORT=70000: ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("INVOKE_SMOKE_READY_SECONDS", "soon"), ("INVOKE_SMOKE_PORT", "1.5"), ("INVOKE_BASE_MIRRORS", "a")],
+)
+def test_what_invoke_itself_would_meet_with_a_traceback_is_refused_too(name: str, value: str) -> None:
+    argv = [sys.executable, "-m", "invoke", "--search-root", str(ROOT), "build", "--dry-run"]
+    done = subprocess.run(argv, env={**os.environ, name: value}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (10, "")
+    assert done.stderr.startswith(f"SettingRefused: {name}")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +134,7 @@ def test_every_fault_is_named_at_once_and_settings_do_not_change() -> None:
 )
 def test_a_misspelt_variable_is_refused(name: str, *, known: bool) -> None:
     if known:
-        load({}, {name: "1"})
+        load({}, {name: "docker"})
     else:
         with pytest.raises(SettingRefused, match=f"{name} is no setting"):
             load({}, {name: "1"})
