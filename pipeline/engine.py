@@ -167,9 +167,23 @@ class Engine:
         """Run one of the commands above."""
         return process.run(argv, timeout=timeout, env={**self.env, **(env or {})})
 
-    def follow(self, argv: Sequence[str], on_line: Callable[[str], None]) -> process.Completed:
+    def follow(
+        self, argv: Sequence[str], on_line: Callable[[str], None], *, env: Mapping[str, str] | None = None
+    ) -> process.Completed:
         """Run one of the commands above, handing on its output line by line."""
-        return process.run(argv, on_line=on_line, env=self.env)
+        return process.run(argv, on_line=on_line, env={**self.env, **(env or {})})
+
+    def remove_working_containers(self, since: float) -> None:
+        """Remove what a build that began at ``since`` (time.time()) has left: podman, ended, leaves one a stage.
+
+        Nothing tells whose they are: those of another podman build that began later go too.
+        """
+        if not self.podman:
+            return
+        done = self.ask(self.argv("ps", "--all", "--external", "--format", "json"), timeout=60)
+        for container in json.loads(done.stdout or "[]"):
+            if container["Command"] == ["buildah"] and container["Created"] >= int(since):
+                self.ask(self.remove_container(container["Id"]), timeout=60)
 
     def image(self, reference: str) -> dict[str, Any] | None:
         """Return what ``image inspect`` says of an image, or None when there is no such image here."""

@@ -29,7 +29,7 @@ from pipeline.errors import (
 from pipeline.report import console, megabytes, say, table
 from pipeline.settings import BUILD, ROOT, Settings
 
-SPLIT = "FROM ${RUNTIME}"
+SPLIT = "FROM runtime AS server"
 """Where the Containerfile's part that people edit begins."""
 
 RUNTIME_LOCKS = ("locks/npm/*/*.json", "locks/image.txt", "locks/uv.txt")
@@ -107,7 +107,7 @@ def build(settings: Settings, engine: Engine, *, cache: bool = True, dry_run: bo
         engine,
         steps,
         tag=f"{settings.image}:candidate",
-        build_args={"BASE": found.reference, "RUNTIME": engine.local(runtime)},
+        runtime=engine.local(runtime),
         labels=labels(found, fetched, edited=tree != fetched.tree),
     )
     seconds = time.monotonic() - began
@@ -134,16 +134,21 @@ def _run(
     *,
     tag: str,
     target: str = "",
-    build_args: dict[str, str],
+    runtime: str = "",
+    build_args: dict[str, str] | None = None,
     labels: dict[str, str] | None = None,
     cache: bool = True,
 ) -> str:
-    with tempfile.TemporaryDirectory() as scratch:
-        iidfile = Path(scratch) / "id"
+    # podman leaves what a step worked with in TMPDIR when it is ended; layers pass through there, so not in memory.
+    temporary = os.environ.get("TMPDIR", "/var/tmp")  # noqa: S108 -- podman's own default
+    with tempfile.TemporaryDirectory(dir=temporary, ignore_cleanup_errors=True) as scratch:
+        containerfile, iidfile = Path(scratch) / "Containerfile", Path(scratch) / "id"
+        text = (ROOT / "Containerfile").read_text()
+        containerfile.write_text(server_part(text, runtime) if runtime else text)
         argv = engine.build(
             ROOT,
             tag=tag,
-            containerfile=ROOT / "Containerfile",
+            containerfile=containerfile,
             iidfile=iidfile,
             target=target,
             build_args=build_args,
@@ -155,10 +160,24 @@ def _run(
             steps.feed(line, time.monotonic())
             console().print(line, markup=False, style="dim")
 
-        done = engine.follow(argv, on_line)
+        began = time.time()
+        try:
+            done = engine.follow(argv, on_line, env={"TMPDIR": scratch})
+        except BaseException:
+            engine.remove_working_containers(began)
+            raise
         if not done.ok:
             raise explain(done, engine)
         return iidfile.read_text().strip().removeprefix("sha256:")
+
+
+def server_part(text: str, runtime: str) -> str:
+    """Return the Containerfile's last stage, on top of the image ``runtime``, each line where it was.
+
+    Not a build argument in FROM: podman 4.3 then does not see that the stage of that name comes first.
+    """
+    above, _, below = text.partition(SPLIT)
+    return "\n" * above.count("\n") + SPLIT.replace("runtime", runtime, 1) + below
 
 
 def explain(done: process.Completed, engine: Engine) -> PipelineError:
