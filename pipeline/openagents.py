@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import hashlib
 import json
 import os
@@ -36,8 +35,6 @@ STARTER = VENDOR / "starter"
 PIN = ROOT / "locks" / "openagents.json"
 NAME, RECORD, LISTING = "OpenAgents", ".fetched.json", ".fetched.tree"
 
-_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_IMPOSSIBLE_REF = re.compile(r"^-|[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|@\{")
 _ASK_FOR_REF = "Give --ref a branch, a tag or a full commit of that repository."
 _TRY_LATER = "Try again later, or give --url a mirror or a clone."
 _MAKE_ROOM = "Make room on the disk that holds vendor/, then fetch again."
@@ -70,8 +67,8 @@ class Record(BaseModel):
     url: str
     ref: str
     commit: str
-    fetched: str
-    tree: str
+    fetched: str = ""
+    tree: str = ""
 
     def __str__(self) -> str:
         """Return it as messages name it."""
@@ -79,23 +76,19 @@ class Record(BaseModel):
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """``commit`` is empty until the host was asked; ``loose``: any commit will do where the pinned one is not."""
+class Wanted:
+    """``commit`` is empty until the host was asked; ``loose``: the default branch will do where it is not."""
 
     url: str
     ref: str
-    commit: str
+    commit: str = ""
     loose: bool = False
 
     @property
-    def bare_url(self) -> str:
-        """Without a user name and password: this is written into records, labels and messages."""
-        return re.sub(r"^(https?://)[^/@]*@", r"\1", self.url)
-
-    def record(self, tree: str = "", fetched: str = "") -> Record:
-        return Record(
-            kind="openagents", url=self.bare_url, ref=self.ref, commit=self.commit, fetched=fetched, tree=tree
-        )
+    def record(self) -> Record:
+        """As it is written down and named in messages: without a user name and password in the URL."""
+        url = re.sub(r"^(https?://)[^/@]*@", r"\1", self.url)
+        return Record(kind="openagents", url=url, ref=self.ref, commit=self.commit)
 
 
 def read(vendor: Path = VENDOR) -> Record | None:
@@ -137,74 +130,64 @@ def fetch(
     Raises GitHostUnreachable, NoSuchRepository, NoSuchRef, NotOpenAgents, LocalEdits, VendorUnusable, DiskFull,
     ToolMissing or LockBroken; what was there is still there then.
     """
-    want = _wanted(settings, ref=ref, url=url, latest=latest)
+    want = wanted(settings, ref=ref, url=url, latest=latest)
     _refuse_unusable(vendor)
     # Asked before the lock is taken too: doing nothing needs no writable vendor/.
     if kept := _kept(want, vendor, force=force):
         return kept
+    try:
+        import git  # noqa: F401 -- it looks for git when it is imported
+    except ImportError as error:
+        raise errors.ToolMissing("git cannot be run", "Install git: ./inv setup", str(error)) from error
     if dry_run:
         report.say(f"There is {_whole(vendor) or 'nothing whole'} in {vendor.name}/{NAME}.")
-        want = want if want.commit else _ask(settings, want)
-        report.say(f"Would fetch {want.record()}{', or the head of its default branch' if want.loose else ''}.")
-        return want.record()
-    with _held(vendor):
-        return _kept(want, vendor, force=force) or _bring(settings, want, vendor, force=force, starter=starter)
-
-
-def _bring(settings: Settings, want: _Wanted, vendor: Path, *, force: bool, starter: bool) -> Record:
-    place, there = vendor / NAME, _whole(vendor)
-    with tempfile.TemporaryDirectory(prefix=".incoming-", dir=vendor, ignore_cleanup_errors=True) as incoming:
-        tree = Path(incoming, NAME)
+        want = _resolved(settings, want)
+        report.say(f"Would fetch {want.record}{', or the head of its default branch' if want.loose else ''}.")
+        return want.record
+    with _held(vendor) as incoming:
+        tree = incoming / NAME
         try:
             arrived = _real(settings, want, vendor, tree, force=force)
         except GitHostUnreachable as fault:
+            there = _whole(vendor)
             if not starter or (there and there.kind == "openagents"):
                 raise
-            arrived = _starter(fault, there, tree, place)
-        if (tree / LISTING).exists():
+            arrived = _starter(fault, there, vendor, tree)
+        if (tree / RECORD).exists():
             if not force:
-                _refuse_edits(place)
-            (tree / RECORD).write_text(arrived.model_dump_json(indent=2) + "\n")
-            _swap(tree, place)
+                _refuse_edits(vendor / NAME)
+            _swap(tree, vendor / NAME)
             report.ok(f"{arrived} is in {vendor.name}/{NAME}")
-    return arrived
+        return arrived
 
 
-def _real(settings: Settings, want: _Wanted, vendor: Path, tree: Path, *, force: bool) -> Record:
+def wanted(settings: Settings, *, ref: str = "", url: str = "", latest: bool = False) -> Wanted:
+    """Return what the arguments ask for, else the settings, else the pin. Raises LockBroken."""
     try:
-        want = want if want.commit else _ask(settings, want)
-        if kept := _kept(want, vendor, force=force):
-            return kept
-        there = _whole(vendor)
-        # An edited starter stays where the host does not answer, so it is an obstacle only after the transfer.
-        if not (force or (there and there.kind == "starter")):
-            _refuse_edits(vendor / NAME)
-        return _clone(settings, want, tree)
-    except NoSuchRef:
-        if not want.loose:
-            raise
-        report.say(f"{want.bare_url} does not have {want.commit[:7]}, which is pinned: taking its default branch.")
-        return _real(settings, _Wanted(want.url, "HEAD", ""), vendor, tree, force=force)
-
-
-def _wanted(settings: Settings, *, ref: str, url: str, latest: bool) -> _Wanted:
-    try:
-        pin = json.loads(PIN.read_bytes())
-        pinned = _Wanted(pin["url"], pin["ref"], pin["commit"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        pinned = Wanted(**json.loads(PIN.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
         remedy = "Restore it: git checkout locks/openagents.json"
         raise errors.LockBroken(f"{PIN} has no url, ref and commit in JSON", remedy, str(error)) from error
     url, ref = url or settings.openagents.url or pinned.url, ref or settings.openagents.ref
     local = Path(url).expanduser()
     if "://" not in url and (local.exists() or ":" not in url):
         url = local.resolve().as_uri()  # git ignores --depth for a plain path
-    if _IMPOSSIBLE_REF.search(ref):
-        raise NoSuchRef(f"{ref} cannot be the name of a ref", _ASK_FOR_REF)
-    if _COMMIT.fullmatch(ref):
-        return _Wanted(url, ref, ref)
+    if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", ref):
+        return Wanted(url, ref, ref)
     if ref or latest:
-        return _Wanted(url, ref or pinned.ref, "")
+        return Wanted(url, ref or pinned.ref)
     return replace(pinned, url=url, loose=url != pinned.url)
+
+
+def _real(settings: Settings, want: Wanted, vendor: Path, tree: Path, *, force: bool) -> Record:
+    try:
+        want = _resolved(settings, want)
+        return _kept(want, vendor, force=force) or _clone(settings, want, tree)
+    except NoSuchRef:
+        if not want.loose:
+            raise
+        report.say(f"{want.record.url} does not have {want.commit[:7]}, which is pinned: taking its default branch.")
+        return _real(settings, Wanted(want.url, "HEAD"), vendor, tree, force=force)
 
 
 def _whole(vendor: Path) -> Record | None:
@@ -213,12 +196,11 @@ def _whole(vendor: Path) -> Record | None:
     return None
 
 
-def _kept(want: _Wanted, vendor: Path, *, force: bool) -> Record | None:
+def _kept(want: Wanted, vendor: Path, *, force: bool) -> Record | None:
     """Return the record of what is there if that is what is wanted, None if there is something to do."""
     there = _whole(vendor)
-    if there is None or there.kind == "starter" or there.commit != want.commit:
-        return None
-    if want.loose and there.url != want.bare_url:  # which may not have this commit: it is asked
+    # Another repository may not have the pinned commit, though it is here: it is asked.
+    if there is None or there.commit != want.commit or (want.loose and there.url != want.record.url):
         return None
     if tree_hash(vendor / NAME) == there.tree:
         report.ok(f"{there} is there already")
@@ -229,36 +211,31 @@ def _kept(want: _Wanted, vendor: Path, *, force: bool) -> Record | None:
     return there
 
 
-def _starter(fault: GitHostUnreachable, there: Record | None, tree: Path, place: Path) -> Record:
+def _starter(fault: GitHostUnreachable, there: Record | None, vendor: Path, tree: Path) -> Record:
     report.warn(
         f"OpenAgents could not be fetched: {fault.what}\n"
         "vendor/starter, a small stand-in of our own, is used instead. An image built with it carries a label that\n"
         "says so, and does not replace a `latest` that was built with the real one.\n"
         "For the real one, when the host answers or from a clone: ./inv fetch, or ./inv fetch --url CLONE"
     )
-    if there and (there.tree == tree_hash(STARTER) or there.tree != tree_hash(place)):
+    if there and (there.tree == tree_hash(STARTER) or there.tree != tree_hash(vendor / NAME)):
         return there
     shutil.rmtree(tree, ignore_errors=True)  # what the fetch that failed has left
     shutil.copytree(STARTER, tree, symlinks=True)
     version = (STARTER / "VERSION").read_text().strip()
-    return Record(
-        kind="starter", url="vendor/starter", ref=version, commit="starter", fetched=_now(), tree=_sealed(tree)
-    )
+    return _sealed(tree, Record(kind="starter", url="vendor/starter", ref=version, commit="starter"))
 
 
-def _clone(settings: Settings, want: _Wanted, tree: Path) -> Record:
-    try:
-        from git import Repo
-    except ImportError as error:  # GitPython looks for git when it is imported
-        raise errors.ToolMissing("git cannot be run", "Install git: ./inv setup", str(error)) from error
+def _clone(settings: Settings, want: Wanted, tree: Path) -> Record:
+    from git import Repo
 
-    report.say(f"Fetching {want.record()}")
+    report.say(f"Fetching {want.record}")
     repo = Repo.init(tree)
     with repo.config_writer() as config:
         config.set_value("core", "autocrlf", "false")  # the same bytes, and so the same hash, everywhere
         config.set_value("core", "hooksPath", os.devnull)  # a user's global hooks have no say in here
         config.set_value("gc", "auto", "0")  # it would outlive us in a directory that is about to move
-        config.set_value('remote "origin"', "url", want.bare_url)
+        config.set_value('remote "origin"', "url", want.record.url)
     (tree / ".git" / "info").mkdir(exist_ok=True)
     (tree / ".git" / "info" / "exclude").write_text("/.fetched.*\n")
     words = ["fetch", "--progress", "--no-tags"]
@@ -273,28 +250,27 @@ def _clone(settings: Settings, want: _Wanted, tree: Path) -> Record:
         if not repo.git.rev_list("--max-count=1", "--ignore-missing", want.commit):
             raise
     repo.git.checkout("--quiet", "--detach", want.commit)
-    repo.close()
     if not _has_agents(tree):
-        where = f"{want.bare_url} at {want.commit[:7]}"
-        raise errors.NotOpenAgents(f"{where} has no agents in .opencode/", "Check --url and --ref.")
-    return want.record(_sealed(tree), _now())
+        raise errors.NotOpenAgents(f"{want.record} has no agents in .opencode/", "Check --url and --ref.")
+    return _sealed(tree, want.record)
 
 
-def _ask(settings: Settings, want: _Wanted) -> _Wanted:
-    """Return ``want`` with the commit its ref is at now; for HEAD also with the default branch as ref."""
-    names = [f"refs/heads/{want.ref}", f"refs/tags/{want.ref}^{{}}", f"refs/tags/{want.ref}"]
-    if want.ref == "HEAD":
-        names = ["HEAD"]
+def _resolved(settings: Settings, want: Wanted) -> Wanted:
+    """Return ``want`` with a commit: the one its ref is at now; for HEAD also with the default branch as ref."""
+    if want.commit:
+        return want
+    tag = f"refs/tags/{want.ref}"
+    names = ["HEAD"] if want.ref == "HEAD" else [f"refs/heads/{want.ref}", f"{tag}^{{}}", tag]
     said = _talk(settings, want, ["ls-remote", "--symref", "--", want.url, *names])
     found = {name: value for value, _, name in (line.partition("\t") for line in said.splitlines())}
     commit = next((found[name] for name in names if name in found), "")
     if not commit:
-        raise NoSuchRef(f"{want.bare_url} has no {want.ref}", _ASK_FOR_REF)
+        raise NoSuchRef(f"{want.record.url} has no {want.ref}", _ASK_FOR_REF)
     branch = re.match(r"ref: refs/heads/(.*)\tHEAD\n", said)
     return replace(want, ref=branch[1] if branch else want.ref, commit=commit)
 
 
-def _talk(settings: Settings, want: _Wanted, words: list[str], cwd: Path | None = None) -> str:
+def _talk(settings: Settings, want: Wanted, words: list[str], cwd: Path | None = None) -> str:
     """Run one git command that talks to the host, as often as the settings allow, and return its stdout."""
     import stamina
     from stamina.instrumentation import RetryDetails, set_on_retry_hooks
@@ -309,12 +285,11 @@ def _talk(settings: Settings, want: _Wanted, words: list[str], cwd: Path | None 
     return patient(_talk_once)(settings, want, words, cwd)
 
 
-def _talk_once(settings: Settings, want: _Wanted, words: list[str], cwd: Path | None) -> str:
+def _talk_once(settings: Settings, want: Wanted, words: list[str], cwd: Path | None) -> str:
     from git import Git
     from git.util import CallableRemoteProgress
 
-    patience = settings.network.stall_seconds
-    env = {"GIT_TERMINAL_PROMPT": "0", "GIT_HTTP_LOW_SPEED_LIMIT": "1", "GIT_HTTP_LOW_SPEED_TIME": str(patience)}
+    patience, env = settings.network.stall_seconds, {"GIT_TERMINAL_PROMPT": "0"}
     if settings.ca and "GIT_SSL_CAINFO" not in os.environ:
         env["GIT_SSL_CAINFO"] = str(Path(settings.ca).expanduser().resolve())
     # A session of its own keeps Ctrl-C from git, and ssh from asking on our terminal.
@@ -323,7 +298,7 @@ def _talk_once(settings: Settings, want: _Wanted, words: list[str], cwd: Path | 
         with _shown() as update:
             progress = CallableRemoteProgress(update)
             hear, rest = progress.new_message_handler(), ""
-            # Low speed limits are for HTTP: this one sees a silence on git:// and ssh, and before the first byte, too.
+            # Whatever the protocol, a stall is silence on stderr: --progress tells of all that arrives.
             while select.select([git.stderr], [], [], patience)[0]:
                 if not (heard := os.read(git.stderr.fileno(), 65536)):
                     break
@@ -331,7 +306,7 @@ def _talk_once(settings: Settings, want: _Wanted, words: list[str], cwd: Path | 
                 for line in lines:
                     hear(line)
             else:
-                raise GitHostUnreachable(f"{want.bare_url} said nothing for {patience} s", _TRY_LATER)
+                raise GitHostUnreachable(f"{want.record.url} said nothing for {patience} s", _TRY_LATER)
         stdout = git.communicate()[0].decode(errors="replace")
     finally:
         if git.poll() is None:
@@ -339,11 +314,11 @@ def _talk_once(settings: Settings, want: _Wanted, words: list[str], cwd: Path | 
             git.communicate()
     if git.returncode == 0:
         return str(stdout)
-    said = "\n".join(progress.other_lines + progress.error_lines).replace(want.url, want.bare_url)
+    said = "\n".join(progress.other_lines + progress.error_lines).replace(want.url, want.record.url)
     failure, remedy = next((kind, remedy) for pattern, kind, remedy in _WORDS if re.search(pattern, said))
     first = (progress.error_lines or [f"git ended with {git.returncode}"])[0]
-    first = re.sub("^(fatal: )?(unable to access '.*': )?", "", first.replace(want.url, want.bare_url))
-    raise failure(f"{want.bare_url}: {first}", remedy, said)
+    first = re.sub("^(fatal: )?(unable to access '.*': )?", "", first.replace(want.url, want.record.url))
+    raise failure(f"{want.record.url}: {first}", remedy, said)
 
 
 @contextlib.contextmanager
@@ -352,16 +327,17 @@ def _shown() -> Iterator[Callable[..., None]]:
     from rich.progress import BarColumn, Progress, TextColumn
 
     said, interval = time.monotonic(), 5.0
-    columns = (BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f} {task.description}"))
+    columns = (BarColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=report.console(), transient=True, disable=not report.console().is_terminal) as bar:
         task = bar.add_task("", total=0)
 
         def update(_phase: int, done: float, total: float | None, rate: str) -> None:
             nonlocal said
-            bar.update(task, completed=done, total=total or 0, description=rate)
+            text = f"{done:.0f} of {total or 0:.0f} {rate}".rstrip()
+            bar.update(task, completed=done, total=total or 0, description=text)
             if bar.disable and time.monotonic() - said > interval:
                 said = time.monotonic()
-                report.say(f"  {done:.0f} of {total or 0:.0f} {rate}".rstrip())
+                report.say(f"  {text}")
 
         yield update
 
@@ -377,12 +353,7 @@ def _refuse_unusable(vendor: Path) -> None:
 
 def _refuse_edits(place: Path) -> None:
     """Raise LocalEdits if something in ``place`` would be lost with it."""
-    if not place.is_dir() or not any(place.iterdir()):
-        return
-    try:
-        before = (place / LISTING).read_bytes()
-    except FileNotFoundError:
-        before = b""
+    before = (place / LISTING).read_bytes() if (place / LISTING).exists() else b""
     differing = {*before.split(b"\n")} ^ {*_listing(place).split(b"\n")}
     changed = {os.fsdecode(line.partition(b" ")[2]) for line in differing - {b""}}
     own = [*place.glob(".git/refs/heads/**/*"), *place.glob(".git/refs/stash")]  # fetch leaves neither
@@ -403,11 +374,14 @@ def _has_agents(tree: Path) -> bool:
     return any(next((tree / ".opencode" / name).rglob("*.md"), None) for name in ("agent", "agents"))
 
 
-def _sealed(tree: Path) -> str:
-    """Write down what is in ``tree``, so that edits can be told later, and return its hash."""
+def _sealed(tree: Path, record: Record) -> Record:
+    """Write ``record`` into ``tree``, with the time and with what is there, so that edits can be told later."""
     listing = _listing(tree)
     (tree / LISTING).write_bytes(listing)
-    return hashlib.sha256(listing).hexdigest()
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    record = record.model_copy(update={"fetched": now, "tree": hashlib.sha256(listing).hexdigest()})
+    (tree / RECORD).write_text(record.model_dump_json(indent=2) + "\n")
+    return record
 
 
 def _listing(tree: Path) -> bytes:
@@ -416,8 +390,8 @@ def _listing(tree: Path) -> bytes:
     top = len(str(tree)) + 1
     for folder, folders, files in os.walk(tree):
         if folder == str(tree):
-            folders[:] = [name for name in folders if name != ".git"]
-            files[:] = [name for name in files if name not in (RECORD, LISTING)]
+            for names in (folders, files):
+                names[:] = [name for name in names if name not in (".git", RECORD, LISTING)]
         for name in files + folders:
             path = os.path.join(folder, name)  # noqa: PTH118 -- a thousand Path objects would be most of the cost
             mode = os.lstat(path).st_mode
@@ -434,42 +408,32 @@ def _listing(tree: Path) -> bytes:
 
 
 def _swap(tree: Path, place: Path) -> None:
-    if not place.exists():
-        tree.rename(place)
-    elif not _exchange(tree, place):
-        try:
-            place.rename(tree.with_name("old"))
-            tree.rename(place)
-        except BaseException:
-            _restore(place)
-            raise
+    if place.exists():
+        if _exchange(tree, place):
+            return
+        place.rename(tree.with_name("old"))
+    tree.rename(place)
 
 
 def _exchange(one: Path, other: Path) -> bool:
     """Swap two directories in one step; False where the system or the file system cannot."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS):
-        return False
-    raise OSError(code, os.strerror(code), str(other))
+    libc, here, exchange = ctypes.CDLL(None), -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    swapped = hasattr(libc, "renameat2") and libc.renameat2(here, bytes(one), here, bytes(other), exchange) == 0
+    return bool(swapped)
 
 
-def _restore(place: Path) -> None:
-    """Undo a swap that ended between its two renames."""
-    for old in place.parent.glob(".incoming-*/old"):
-        if not place.exists():
-            old.rename(place)
+def _tidy(vendor: Path) -> None:
+    """Undo a swap that ended between its two renames, and remove what a fetch has left."""
+    for old in vendor.glob(".incoming-*/old"):
+        if not (vendor / NAME).exists():
+            old.rename(vendor / NAME)
+    for incoming in vendor.glob(".incoming-*"):
+        shutil.rmtree(incoming, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _held(vendor: Path) -> Iterator[None]:
-    """Hold ``vendor`` alone, cleared of what dead fetches left; name the faults of its file system."""
+def _held(vendor: Path) -> Iterator[Path]:
+    """Hold ``vendor`` alone and yield an empty directory in it; name the faults of its file system."""
     from filelock import FileLock, Timeout
     from git.exc import GitError
 
@@ -482,16 +446,13 @@ def _held(vendor: Path) -> Iterator[None]:
             report.say("Another fetch is at work: waiting for it.")
             held = lock.acquire()
         with held:
-            _restore(vendor / NAME)
-            for dead in vendor.glob(".incoming-*"):
-                shutil.rmtree(dead, ignore_errors=True)
-            yield
+            _tidy(vendor)
+            try:
+                yield Path(tempfile.mkdtemp(prefix=".incoming-", dir=vendor))
+            finally:
+                _tidy(vendor)
     except (OSError, GitError) as error:
-        if re.search(_FULL, str(error)) or getattr(error, "errno", 0) == errno.EDQUOT:
+        if re.search(_FULL, str(error)):
             raise errors.DiskFull(f"No space is left in {vendor}", _MAKE_ROOM, str(error)) from error
         remedy = f"Make {vendor} a directory that you may write to, then fetch again."
         raise VendorUnusable(f"{vendor} cannot be written: {error}", remedy) from error
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -633,3 +633,15 @@ def test_a_broken_pin_is_named(vendor: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(openagents, "PIN", tmp_path / "broken.json")
     with pytest.raises(errors.LockBroken):
         fetch(vendor)
+
+
+@pytest.mark.parametrize("options", [{}, {"dry_run": True, "latest": True}])
+@pytest.mark.usefixtures("server")
+def test_a_missing_git_is_named(
+    vendor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    child = start(vendor, **options)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == errors.ToolMissing.exit_code, said
+    assert "./inv setup" in said
