@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -13,10 +12,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pipeline import base, ca, host, process
+from pipeline import base, ca, host, openagents, process
 from pipeline import engine as engines
 from pipeline.engine import Engine
 from pipeline.errors import EngineBroken, NoEngine, PipelineError
@@ -29,15 +29,10 @@ SECONDS = 4.5
 ROOM = 6e9
 """Bytes that a first build takes: the images, their layers, and what is downloaded."""
 
-PORT = 4096
-"""The port that the image's server listens on, and that people publish it on."""
-
 REMEDIES: Mapping[engines.Name, str] = {
     "podman": "inv setup installs it, unless docker is what you want.",
     "docker": "Install it, or start its daemon, if this is the engine you want.",
 }
-
-QUIET_GIT = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": "ssh -o BatchMode=yes"}
 
 
 class Row(NamedTuple):
@@ -53,15 +48,15 @@ def doctor(settings: Settings) -> None:
     """Print what this machine can do and what to fix. Raises NoEngine, after the table, when no engine works."""
     answering, rows = look_at_engines(settings)
     questions: list[Callable[[], list[Row]]] = [
-        lambda: space(answering),
-        lambda: programs(os.environ),
-        lambda: authorities(settings, os.environ),
-        lambda: port(PORT),
-        *(lambda name=name: registry(name, answering) for name in ("", *settings.base.mirrors)),
-        lambda: git_host(settings),
+        partial(space, answering),
+        partial(programs, os.environ),
+        partial(authorities, settings, os.environ),
+        partial(port, 4096),  # the image's server listens on it, and people publish it there
+        *(partial(registry, name, answering) for name in ("", *settings.base.mirrors)),
+        partial(git_host, settings),
         npm,
         pypi,
-        lambda: debian(settings),
+        partial(debian, settings),
     ]
     with ThreadPoolExecutor(len(questions)) as pool:
         rows += [row for answer in pool.map(_answer, questions) for row in answer]
@@ -75,18 +70,21 @@ def _answer(question: Callable[[], list[Row]]) -> list[Row]:
         return question()
     except PipelineError as error:
         return [Row(type(error).__name__, "FAIL", error.what, error.remedy)]
-    except (OSError, ValueError, KeyError) as error:
-        return [Row("locks", "FAIL", f"{type(error).__name__}: {error}", "Restore them: git checkout locks.")]
+    except OSError as error:
+        return [Row(type(error).__name__, "FAIL", str(error), "Correct it, then run inv doctor again.")]
+
+
+def _judged(what: str, detail: str, remedy: str, *, good: bool, bad: Literal["warn", "FAIL"] = "FAIL") -> Row:
+    return Row(what, "ok", detail) if good else Row(what, bad, detail, remedy)
 
 
 def look_at_engines(settings: Settings) -> tuple[list[Engine], list[Row]]:
     """Return the engines that can start a container and that ``settings`` allows, and a row for each that is there."""
     working, rows = [], [Row("python", "ok", f"{platform.python_version()} in {sys.prefix}")]
-    names: tuple[engines.Name, ...] = ("podman", "docker")
-    for name in names:
+    for name, remedy in REMEDIES.items():
         try:
             found, why = engines.look(name)
-            rows += [Row(name, "warn", reason, REMEDIES[name]) for reason in why]
+            rows += [Row(name, "warn", reason, remedy) for reason in why]
             if found:
                 found = engines.adapt(found)
                 rows.append(Row(name, "ok", engines.describe(found)))
@@ -110,12 +108,10 @@ def space(answering: Sequence[Engine]) -> list[Row]:
             devices.setdefault(path.stat().st_dev, []).append(name)
     rows = []
     for names in devices.values():
-        path = places[names[0]]
-        free = shutil.disk_usage(path).free
-        remedy = "" if free >= ROOM else f"A first build takes about {ROOM / 1e9:.0f} GB: make room."
-        rows.append(
-            Row("space", "warn" if remedy else "ok", f"{free / 1e9:.1f} GB free for {', '.join(names)}", remedy)
-        )
+        free = shutil.disk_usage(places[names[0]]).free
+        remedy = f"A first build takes about {ROOM / 1e9:.0f} GB: make room."
+        detail = f"{free / 1e9:.1f} GB free for {', '.join(names)}"
+        rows.append(_judged("space", detail, remedy, good=free >= ROOM, bad="warn"))
     return rows
 
 
@@ -129,7 +125,7 @@ def programs(environ: Mapping[str, str]) -> list[Row]:
     rows = []
     for name, remedy in remedies.items():
         program = shutil.which(name, path=environ.get("PATH"))
-        rows.append(Row(name, "ok", program) if program else Row(name, "warn", "not installed", remedy))
+        rows.append(_judged(name, program or "not installed", remedy, good=program is not None, bad="warn"))
     return rows
 
 
@@ -138,13 +134,13 @@ def authorities(settings: Settings, environ: Mapping[str, str]) -> list[Row]:
     try:
         found = ca.source(settings.ca, environ)
         if not found:
-            return [Row("CA", "ok", "none but the public ones", "")]
+            return [Row("CA", "ok", "none but the public ones")]
         name, path = found
         count, extra = len(ca.certificates(path.read_text(errors="replace"))), len(ca.extra(settings.ca, environ))
-    except (PipelineError, OSError) as error:
-        return [Row("CA", "FAIL", getattr(error, "what", str(error)), getattr(error, "remedy", "Correct it."))]
+    except PipelineError as error:
+        return [Row("CA", "FAIL", error.what, error.remedy)]
     detail = f"{name} names {path}: {count} certificates, {extra} of them not public"
-    return [Row("CA", "ok" if count else "FAIL", detail, "" if count else "It must hold PEM certificates.")]
+    return [_judged("CA", detail, "It must hold PEM certificates.", good=count > 0)]
 
 
 def port(number: int) -> list[Row]:
@@ -173,9 +169,10 @@ def registry(mirror: str, answering: Sequence[Engine]) -> list[Row]:
 
 def git_host(settings: Settings) -> list[Row]:
     """Ask where OpenAgents comes from, with git itself: it knows the proxies, the CA and the keys."""
-    url = settings.openagents.url or json.loads((ROOT / "locks" / "openagents.json").read_text())["url"]
+    argv = ["git", "ls-remote", "--exit-code", "--", openagents.wanted(settings).url, "HEAD"]
     remedy = "fetch puts vendor/starter in instead; or name a clone in openagents.url."
-    return [_ask("git host", ["git", "ls-remote", "--exit-code", "--", url, "HEAD"], remedy, bad="warn", env=QUIET_GIT)]
+    quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": "ssh -o BatchMode=yes"}
+    return [_ask("git host", argv, remedy, bad="warn", env=quiet)]
 
 
 def npm() -> list[Row]:
@@ -205,9 +202,10 @@ def debian(settings: Settings) -> list[Row]:
     if mirror:
         try:
             said = requests.head(f"{mirror.rstrip('/')}/dists/{suite}/InRelease", timeout=SECONDS, allow_redirects=True)
+            said.raise_for_status()
         except requests.RequestException as error:
             return [Row("Debian", "FAIL", f"{mirror}: {error}", remedy)]
-        return [Row("Debian", "ok" if said.ok else "FAIL", f"{mirror}: {said.status_code}", "" if said.ok else remedy)]
+        return [Row("Debian", "ok", f"{mirror} answers")]
     helper = "/usr/lib/apt/apt-helper"
     targets = "apt-get", "indextargets", "--format", "$(ORIGIN) $(REPO_URI)"
     lines = process.run(targets).stdout.splitlines() if os.access(helper, os.X_OK) else []
@@ -235,7 +233,6 @@ def _ask(
         return Row(what, bad, f"no answer within {SECONDS} s", remedy)
     except PipelineError as error:
         return Row(what, "warn", f"unknown: {error.what}", error.remedy)
-    said = done.said.splitlines()
     if done.ok:
         return Row(what, "ok", f"answers ({done.seconds:.1f} s)")
-    return Row(what, bad, said[-1] if said else f"exit code {done.code}", remedy)
+    return Row(what, bad, [f"exit code {done.code}", *done.said.splitlines()][-1], remedy)

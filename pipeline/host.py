@@ -55,7 +55,6 @@ FOR_TESTS: Mapping[Manager, Mapping[str, str]] = {
 """For the tests: a program, and what brings it."""
 
 LISTS = Path("/var/lib/apt/lists")
-DAY = 24 * 60 * 60
 SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 """Where daemons are, and where the PATH of Debian's users does not look."""
 
@@ -76,18 +75,13 @@ def setup(setting: str, *, tests: bool = False, dry_run: bool = False) -> None:
         if setting == "docker":
             remedy = "Start its daemon, or leave the engine at auto: setup installs podman."
             raise SetupFailed(f"docker was asked for: {error.what}", remedy, error.details) from error
-    manager = find_manager()
+    manager = next((name for name in PACKAGES if shutil.which(name)), None)
     entries = lacking(manager, engine=found is not None, tests=tests)
     if not entries:
         return
     _install(manager, entries, dry_run=dry_run)
     if not (found or dry_run):
         ok(f"{engines.describe(engines.prove(engines.find(setting)))} has started a container")
-
-
-def find_manager() -> Manager | None:
-    """Return the package manager of this machine."""
-    return next((name for name in PACKAGES if shutil.which(name)), None)
 
 
 def lacking(manager: Manager | None, *, engine: bool, tests: bool) -> list[str]:
@@ -131,7 +125,7 @@ def refresh_argv(manager: Manager, *, root: bool, sudo: bool, lists: Path) -> li
         return []
     if any(lists.glob("*_Packages*")):
         renewed = max(path.stat().st_mtime for path in (lists, lists / "partial") if path.exists())
-        if time.time() - renewed < DAY:
+        if time.time() - renewed < 24 * 60 * 60:
             return []
     return [[*(["sudo"] if sudo and not root else []), "apt-get", "update"]]
 
@@ -148,7 +142,9 @@ def _install(manager: Manager | None, entries: list[str], *, dry_run: bool) -> N
     may = root or sudo or manager == "brew"
     if may and not dry_run:
         for argv in refresh:
-            if not _run(argv).ok:
+            try:
+                _run(argv)
+            except SetupFailed:
                 warn("apt-get update failed; trying with the lists that are here")
         refresh = []
     packages = choose(entries, _available(manager, entries))
@@ -162,10 +158,10 @@ def _install(manager: Manager | None, entries: list[str], *, dry_run: bool) -> N
     if not may:
         raise SetupFailed("installing needs root, and there is no sudo", f"Run this as root, then inv setup: {command}")
     for argv in argvs:
-        _check(_run(argv))
+        _run(argv)
     if manager == "brew" and "podman" in packages:
         for argv in machine_argv(process.run(["podman", "machine", "list", "--quiet"]).stdout):
-            _check(_run(argv))
+            _run(argv)
 
 
 def _available(manager: Manager, entries: Iterable[str]) -> set[str]:
@@ -180,32 +176,25 @@ def _available(manager: Manager, entries: Iterable[str]) -> set[str]:
     return set()
 
 
-def _run(argv: list[str]) -> process.Completed:
-    if argv[0] == "sudo":
-        return process.run(argv, terminal=True)  # it asks for a password there
-    return process.run(argv, on_line=say, tail=15)
-
-
-def _check(done: process.Completed) -> None:
+def _run(argv: list[str]) -> None:
+    """Run a command with its output shown. Raises SetupFailed when it fails."""
+    asks = argv[0] == "sudo"  # for a password, on the terminal
+    done = process.run(argv, terminal=True) if asks else process.run(argv, on_line=say, tail=15)
     if not done.ok:
-        raise SetupFailed(
-            f"{done.argv[0]} ended with {done.code}", f"Try it by hand: {shlex.join(done.argv)}", done.said
-        )
+        raise SetupFailed(f"{argv[0]} ended with {done.code}", f"Try it by hand: {shlex.join(argv)}", done.said)
 
 
 def missing_tools(project: Path = ROOT / "pyproject.toml") -> list[str]:
     """Return the development tools of ``pyproject.toml`` that this interpreter does not have."""
     wanted = tomllib.loads(project.read_text())["project"]["optional-dependencies"]["dev"]
-    names = [re.split(r"[^\w.-]", requirement)[0] for requirement in wanted]
-    return [name for name in names if not _installed(name)]
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    missing = []
+    for requirement in wanted:
+        name = re.split(r"[^\w.-]", requirement)[0]
+        try:
+            importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    return missing
 
 
 def ensure_dev_tools(venv: Path = ROOT / ".venv") -> None:
@@ -223,7 +212,7 @@ def ensure_dev_tools(venv: Path = ROOT / ".venv") -> None:
     from filelock import FileLock
 
     lock = ROOT / "locks" / "dev.txt"
-    say(f"installing the development tools of locks/{lock.name} into {venv.name}")
+    say(f"installing the development tools of locks/dev.txt into {venv.name}")
     with FileLock(f"{venv}.lock"):  # the one that ./inv takes
         done = process.run(dev_argv(lock, pip=importlib.util.find_spec("pip") is not None), env=tool_env())
         if not done.ok:
