@@ -302,7 +302,7 @@ def _has_pip() -> bool:
 
 
 def _raise_if_full(done: process.Completed) -> None:
-    if not done.ok and "No space left on device" in done.said + done.stdout:
+    if not done.ok and "no space left on device" in (done.said + done.stdout).lower():
         raise DiskFull(
             "no space is left for the base image", "inv doctor says where; a build needs about 6 GB.", done.said
         )

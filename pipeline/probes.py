@@ -208,10 +208,12 @@ def packages(subject: Subject) -> str:
 def programs(subject: Subject) -> str:
     """The programs of the contract answer."""
     script = (
-        "set -e; rclone version | head -n 1; redis-cli --version; git --version; "
+        # In a pipe, a program that is missing goes unnoticed.
+        'set -e; first() { said="$("$@")"; echo "$said" | head -n 1; }; '
+        "first rclone version; redis-cli --version; git --version; "
         '/opt/venv/bin/python -c \'from importlib.metadata import version; print("b2sdk", version("b2sdk"))\'; '
         "test -x /usr/sbin/cron; dpkg-query --show --showformat='${Package} ${Version}\\n' cron; "
-        "rg --version | head -n 1; node --version; npm --version; /opt/venv/bin/ddtrace-run --version"
+        "first rg --version; node --version; npm --version; /opt/venv/bin/ddtrace-run --version"
     )
     said = subject.inside("sh", "-c", script).splitlines()
     return ", ".join(re.sub(r" version|-cli|ddtrace-run ", "", line) for line in said[:5])
@@ -278,8 +280,10 @@ def stops(subject: Subject) -> str:
     """SIGTERM ends it within a second."""
     assert subject.offline  # noqa: S101 -- needs offline
     engine, name = subject.offline.engine, subject.offline.name
-    began = time.monotonic()
     engine.ask(engine.argv("kill", "--signal", "TERM", name), timeout=30)
+    began = (
+        time.monotonic()
+    )  # what the engine's client takes, beside everything else that is asked, is not the server's
     while subject.offline.state().get("Running") and time.monotonic() - began < 5:  # noqa: PLR2004 -- enough to report
         time.sleep(0.02)
     took = time.monotonic() - began

@@ -54,7 +54,11 @@ def smoke(settings: Settings, engine: Engine, reference: str = "", *, dry_run: b
         say(f"smoke: removed {gone} containers of smoke tests that were killed")
     say(f"smoke: {name} {_short(image)}, {megabytes(image['Size'])}, with {engine.name}")
     began = time.monotonic()
-    answers, ready = ask_image(settings, engine, image)
+    try:
+        answers, ready = ask_image(settings, engine, image)
+    except BaseException:
+        remove_leftovers(engine, whose=os.getpid())  # a signal may have cut a removal short
+        raise
     report = _report(answers, target=name, seconds=time.monotonic() - began, ready=ready)
     if name == candidate:
         promote(settings, engine, image)
