@@ -1,0 +1,36 @@
+"""What the image's own scripts say, asked inside a container of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeline.container import SECRET, running
+from tests.conftest import Built
+
+pytestmark = pytest.mark.engine
+
+AWKWARD = 'it\'s "quoted" \\ $HOME `id` #%: '
+
+
+@pytest.mark.parametrize("password", ["", AWKWARD], ids=["open", "awkward password"])
+@pytest.mark.usefixtures("unmoved")
+def test_status_and_the_health_check_get_in(built: Built, password: str) -> None:
+    with running(built.engine, built.inspect()["Id"], password=password) as container:
+        container.wait_ready(60)
+        assert container.server
+        assert container.server.get("/config", signed_in=False).status_code == (401 if password else 200)
+
+        status = container.exec("/app/scripts/status", "--json")
+        assert status.ok, status.said
+        states = {name: part["state"] for name, part in json.loads(status.stdout)["parts"].items()}
+        assert (states["server"], states["falkordb"], states["valkey"]) == ("ok", "absent", "absent")
+
+        image = built.inspect()
+        command = (image["Config"].get("Healthcheck") or image["Healthcheck"])["Test"][-1]
+        assert built.engine.ask(built.engine.healthcheck(container.name, command)).ok
+        if password:
+            wrong = container.exec("env", f"{SECRET}=wrong", "sh", "-c", command)
+            assert not wrong.ok
+            assert "401" in wrong.stderr
