@@ -24,12 +24,12 @@ ENGINE = {"engine": "podman or docker; otherwise the one that answers", "dry_run
 
 @contextlib.contextmanager
 def _settings(context: Context, engine: str = "", ca: str = "") -> Iterator[Settings]:
-    from pipeline import process, settings
+    from pipeline import errors, process, settings
 
     process.echo = context.config.run.echo
     flags = {"engine": engine, "ca": ca}
     config = dict(context.config.items()) | {key: value for key, value in flags.items() if value}
-    with process.interruptible():
+    with process.interruptible(), errors.named():
         yield settings.load(config)
 
 
@@ -157,7 +157,7 @@ def doctor(context: Context, engine: str = "") -> None:
         diagnosis.doctor(settings)
 
 
-@task(help={"only": "one of start, size, rebuild, cold, list", **ENGINE})
+@task(help={"only": "one of list, cold (sizes and rebuilds too) and start", **ENGINE})
 def bench(context: Context, only: str = "", engine: str = "", dry_run: bool = False) -> None:
     """Measure against the naive way, side by side, and write the ratios to build/bench.json."""
     from bench import measure

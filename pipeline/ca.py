@@ -44,27 +44,40 @@ def extra(setting: str, environ: Mapping[str, str] = os.environ) -> dict[str, st
 
     The two differ by the age of their list; a public CA that one of them dropped is no secret of this network.
     """
-    import certifi
-
     found = source(setting, environ)
     if not found:
         return {}
     ours = certificates(found[1].read_text(errors="replace"))
+    if not ours:
+        raise SettingRefused(f"{found[0]} names {found[1]}, which holds no PEM certificate", "Convert or correct it.")
+    return _without_public(ours)
+
+
+def staged(folder: Path = STAGED.parent) -> dict[str, str]:
+    """Return the certificates that the Containerfile's fetching stages copy, without public ones."""
+    texts = [path.read_text(errors="replace") for path in sorted(folder.glob("*.crt"))]
+    return _without_public(certificates("\n".join(texts)))
+
+
+def _without_public(ours: dict[str, str]) -> dict[str, str]:
+    import certifi
+
     for listed in (Path(certifi.where()), *PUBLIC.glob("*.crt")):
         for body in certificates(listed.read_text(errors="replace")):
             ours.pop(body, None)
     return ours
 
 
-def stage(setting: str, environ: Mapping[str, str] = os.environ, staged: Path = STAGED) -> int:
-    """Write the extra certificates where the Containerfile's fetching stages find them; return how many.
+def stage(setting: str, environ: Mapping[str, str] = os.environ, place: Path = STAGED) -> int:
+    """Write the extra certificates where the Containerfile's fetching stages find them; return how many are there.
 
-    The file is left untouched when it says the same already, since an engine's cache looks at its time too.
+    Where no bundle is named, what an earlier call put there stays. The file is left untouched when it says the same
+    already, since an engine's cache looks at its time too.
     """
-    blocks = list(extra(setting, environ).values())
-    text = "".join(f"{block}\n" for block in blocks)
-    if (staged.read_text() if staged.exists() else "") != text:
-        draft = staged.with_suffix(".part")
-        draft.write_text(text)
-        draft.replace(staged)
-    return len(blocks)
+    if source(setting, environ):
+        text = "".join(f"{block}\n" for block in extra(setting, environ).values())
+        if (place.read_text() if place.exists() else "") != text:
+            draft = place.with_suffix(".part")
+            draft.write_text(text)
+            draft.replace(place)
+    return len(staged(place.parent))

@@ -7,14 +7,18 @@ import json
 import os
 import re
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from pipeline import process
 from pipeline.engine import Engine
 from pipeline.errors import EngineBroken, PortTaken, ServerDied, ServerSilent
+from pipeline.report import without_credentials
 
 if TYPE_CHECKING:
     import requests
@@ -39,7 +43,8 @@ class Server:
         user = os.environ.get("OPENCODE_SERVER_USERNAME", "opencode")
         auth = (user, self.password) if self.password and signed_in else None
         with requests.Session() as session:
-            session.trust_env = False  # a proxy from the environment has no business on loopback
+            # A proxy of the environment has no business on loopback; elsewhere it and the CA bundle count.
+            session.trust_env = urlsplit(self.url).hostname not in {"127.0.0.1", "localhost", "::1"}
             return session.get(f"{self.url}{path}", auth=auth, timeout=timeout or self.timeout)
 
 
@@ -125,7 +130,9 @@ def wait_ready(
             last = "/config took a request and did not answer it"
             patience *= 2
         except requests.RequestException as error:
-            last = f"nothing answers at {server.url}: {type(error).__name__}"
+            last = f"nothing answers at {without_credentials(server.url)}: {type(error).__name__}"
+            if isinstance(error, (requests.exceptions.SSLError, ValueError)):  # requests' word for an impossible URL
+                break
         if alive and time.monotonic() - looked > 0.5:  # noqa: PLR2004 -- inspecting costs 50 ms of engine time
             alive()
             looked = time.monotonic()
@@ -153,7 +160,7 @@ def running(
         env=[SECRET] if password else [],
         publish="" if network else f"127.0.0.1:{port or ''}:{PORT}",
         network=network,
-        labels={PREFIX: str(os.getpid())},
+        labels={PREFIX: _here()},
     )
     try:
         done = engine.ask(argv, timeout=120, env={SECRET: password} if password else None)
@@ -163,17 +170,33 @@ def running(
             container.server = Server(f"http://127.0.0.1:{_published(container)}", password, timeout)
         yield container
     finally:
-        engine.ask(engine.remove_container(container.name), timeout=60)
+        _remove(engine, container.name)
 
 
 def remove_leftovers(engine: Engine, whose: int = 0) -> int:
     """Remove the containers of the process ``whose``, or of every smoke test that was killed; return how many."""
-    done = engine.ask(engine.argv("ps", "--all", "--filter", f"label={PREFIX}", "--format", "{{.Names}}"), timeout=60)
+    ours = f"label={PREFIX}={_here()}"
+    done = engine.ask(engine.argv("ps", "--all", "--filter", ours, "--format", "{{.Names}}"), timeout=60)
     owners = {name: int(name.split("-")[3]) for name in done.stdout.split() if name.startswith(PREFIX)}
     names = [name for name, owner in owners.items() if (owner == whose if whose else not _alive(owner))]
     for name in names:
-        engine.ask(engine.remove_container(name), timeout=60)
+        _remove(engine, name)
     return len(names)
+
+
+def _remove(engine: Engine, name: str) -> None:
+    """Remove a container; once more when a signal has cut that short, since from then on signals are ignored."""
+    try:
+        engine.ask(engine.remove_container(name), timeout=60)
+    except BaseException:
+        engine.ask(engine.remove_container(name), timeout=60)
+        raise
+
+
+def _here() -> str:
+    """Return where a process ID means a process of ours: an engine may serve several hosts, and their containers."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {namespace.readlink() if namespace.exists() else ''}".strip()
 
 
 def _alive(pid: int) -> bool:
@@ -199,11 +222,13 @@ def _published(container: Container) -> int:
 
 
 def _start_failure(done: process.Completed, port: int, engine: Engine) -> Exception:
-    if re.search(r"address already in use|port is already allocated|proxy already running", done.said):
+    said = done.said.lower()
+    if re.search(r"address already in use|port is already allocated|proxy already running", said):
         return PortTaken(
             f"port {port} on 127.0.0.1 is taken", "Free it, or set smoke.port to another, or to 0 for any.", done.said
         )
-    if re.search(r"executable file .*not found|no such file or directory", done.said):
+    network = re.search(r"pasta|slirp4netns|netavark|aardvark", said)
+    if re.search(r"executable file .*not found|no such file or directory", said) and not network:
         return ServerDied(
             "the image's entrypoint cannot be started", "Look at ENTRYPOINT in the Containerfile.", done.said
         )

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import process
-from pipeline.errors import EngineBroken, NoEngine, NoSuchImage
+from pipeline.errors import EngineBroken, NoEngine
 from pipeline.settings import BUILD
 
 Name = Literal["podman", "docker"]
@@ -58,7 +58,8 @@ class Engine:
     @property
     def env(self) -> dict[str, str]:
         """What to add to the environment of its client."""
-        return {} if self.podman else {"DOCKER_BUILDKIT": "1" if self.buildkit else "0"}
+        # A builder in a container of its own, which BUILDX_BUILDER may name, sees none of this machine's images.
+        return {} if self.podman else {"DOCKER_BUILDKIT": "1" if self.buildkit else "0", "BUILDX_BUILDER": ""}
 
     def local(self, name: str) -> str:
         """Return the reference of an image that was made here: podman keeps those under ``localhost/``."""
@@ -77,16 +78,13 @@ class Engine:
         *,
         tag: str,
         containerfile: Path,
-        iidfile: Path | None = None,
         target: str = "",
         build_args: Mapping[str, str] | None = None,
         labels: Mapping[str, str] | None = None,
         cache: bool = True,
     ) -> list[str]:
-        """Build ``context`` into an image called ``tag``, writing its ID to ``iidfile``."""
+        """Build ``context`` into an image called ``tag``."""
         words = ["build", "--file", str(containerfile), "--tag", self.local(tag)]
-        if iidfile:
-            words += ["--iidfile", str(iidfile)]
         if not cache:
             words.append("--no-cache")
         if target:
@@ -111,7 +109,6 @@ class Engine:
         publish: str = "",
         network: str = "",
         labels: Mapping[str, str] | None = None,
-        entrypoint: str = "",
         keep: bool = True,
     ) -> list[str]:
         """Start a container in the background; ``keep=False`` waits for it and removes it.
@@ -128,8 +125,6 @@ class Engine:
             words += ["--network", network]
         for key, value in (labels or {}).items():
             words += ["--label", f"{key}={value}"]
-        if entrypoint:
-            words += ["--entrypoint", entrypoint]
         return self.argv(*words, image, *command)
 
     def exec(self, container: str, *command: str, env: Sequence[str] = ()) -> list[str]:
@@ -153,7 +148,8 @@ class Engine:
 
     def remove_container(self, name: str) -> list[str]:
         """Remove a container with its anonymous volumes, running or not, without waiting for it to end."""
-        return self.argv("rm", "--force", "--volumes", *(["--time", "0"] if self.podman else []), name)
+        at_once = ["--time", "0"] if self.podman and not self.version.startswith("3.") else []  # podman 4.0 brought it
+        return self.argv("rm", "--force", "--volumes", *at_once, name)
 
     def healthcheck(self, container: str, command: str) -> list[str]:
         """Run the image's own health check now. docker has no word for that: its ``command`` is run as docker does."""
@@ -162,9 +158,9 @@ class Engine:
         return self.exec(container, "/bin/sh", "-c", command)
 
     def ask(
-        self, argv: Sequence[str], *, timeout: float | None = None, env: Mapping[str, str] | None = None
+        self, argv: Sequence[str], *, timeout: float = 300, env: Mapping[str, str] | None = None
     ) -> process.Completed:
-        """Run one of the commands above."""
+        """Run one of the commands above. Raises subprocess.TimeoutExpired after ``timeout`` seconds."""
         return process.run(argv, timeout=timeout, env={**self.env, **(env or {})})
 
     def follow(
@@ -173,29 +169,26 @@ class Engine:
         """Run one of the commands above, handing on its output line by line."""
         return process.run(argv, on_line=on_line, env={**self.env, **(env or {})})
 
-    def remove_working_containers(self, since: float) -> None:
-        """Remove what a build that began at ``since`` (time.time()) has left: podman, ended, leaves one a stage.
+    def remove_working_containers(self, since: float, base: str) -> None:
+        """Remove what a build on ``base`` that began at ``since`` (time.time()) has left: podman, ended, leaves some.
 
-        Nothing tells whose they are: those of another podman build that began later go too.
+        Nothing tells whose they are. Only those that began later, on an image made of ``base``, can be ours.
         """
         if not self.podman:
             return
+        bottom = (self.image(base) or {"RootFS": {"Layers": [""]}})["RootFS"]["Layers"][0]
         done = self.ask(self.argv("ps", "--all", "--external", "--format", "json"), timeout=60)
         for container in json.loads(done.stdout or "[]"):
-            if container["Command"] == ["buildah"] and container["Created"] >= int(since):
+            if container["Command"] != ["buildah"] or container["Created"] < int(since):
+                continue
+            image = self.image(container["ImageID"])
+            if image and image["RootFS"]["Layers"][0] == bottom:
                 self.ask(self.remove_container(container["Id"]), timeout=60)
 
     def image(self, reference: str) -> dict[str, Any] | None:
         """Return what ``image inspect`` says of an image, or None when there is no such image here."""
         done = self.ask(self.argv("image", "inspect", reference))
         return json.loads(done.stdout)[0] if done.ok else None
-
-    def image_id(self, reference: str) -> str:
-        """Return the ID of an image, without ``sha256:``. Raises NoSuchImage."""
-        done = self.ask(self.argv("image", "inspect", "--format", "{{.Id}}", reference))
-        if not done.ok:
-            raise NoSuchImage(f"{self.name} has no image {reference}", "Build it first: inv fetch build.")
-        return done.stdout.strip().removeprefix("sha256:")
 
     def tag(self, source: str, *names: str) -> None:
         """Give an image more names. Raises EngineBroken."""
@@ -243,7 +236,7 @@ def look(name: Name) -> tuple[Engine | None, list[str]]:
             found = ask(program)
         except subprocess.TimeoutExpired:
             found = f"no answer within {ASK_SECONDS:g} s"
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             found = f"its answer to `info` is not that of a {name}"
         if isinstance(found, Engine):
             answers.append(found)

@@ -1,10 +1,14 @@
 """Every failure a user can meet: a name, an exit code, and what to do next.
 
-They are Invoke's ``Exit``, so Invoke prints the message on stderr and leaves with the code; no task catches them.
+They are Invoke's ``Exit``: Invoke prints the message on stderr and leaves with the code.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import subprocess
+from collections.abc import Iterator
 from typing import ClassVar
 
 from invoke.exceptions import Exit
@@ -57,6 +61,12 @@ class ToolMissing(PipelineError):
     """A program or Python package that this task needs is not installed."""
 
     exit_code = 16
+
+
+class NotWritable(PipelineError):
+    """A file or directory that the tasks write is not ours to write."""
+
+    exit_code = 17
 
 
 class GitHostUnreachable(PipelineError):
@@ -181,3 +191,21 @@ class Interrupted(PipelineError):
     def __init__(self, signal_name: str, signal_number: int) -> None:
         super().__init__(f"{signal_name} received", "Nothing was left running; the same command may be run again.")
         self._code = 128 + signal_number
+
+
+@contextlib.contextmanager
+def named() -> Iterator[None]:
+    """Turn what any step can meet, a full disk or a program that hangs, into a failure with a name."""
+    try:
+        yield
+    except subprocess.TimeoutExpired as error:
+        program = " ".join(map(str, error.cmd[:3]))
+        raise EngineLost(f"{program} has not answered within {error.timeout:g} s", "Is it well? inv doctor.") from error
+    except OSError as error:
+        where = error.filename or "the disk"
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise DiskFull(f"no space is left for {where}", "Make room, and repeat; inv doctor says where.") from error
+        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+            remedy = "Give it to this user (a run with sudo may have made it), or work in a checkout of your own."
+            raise NotWritable(f"{where}: {error.strerror}", remedy) from error
+        raise

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from pipeline import base, ca, openagents, process
 from pipeline.engine import Engine, look
@@ -25,8 +24,9 @@ from pipeline.errors import (
     LockBroken,
     NothingFetched,
     PipelineError,
+    SettingRefused,
 )
-from pipeline.report import console, megabytes, say, table
+from pipeline.report import console, megabytes, say, table, without_credentials
 from pipeline.settings import BUILD, ROOT, Settings
 
 SPLIT = "FROM runtime AS server"
@@ -93,7 +93,7 @@ def build(settings: Settings, engine: Engine, *, cache: bool = True, dry_run: bo
     tree = openagents.tree_hash(ROOT / "vendor" / openagents.NAME)
     inputs = inputs_of(ROOT, tree)
     record_file = BUILD / f"build-{engine.name}.json"
-    last = json.loads(record_file.read_text()) if record_file.exists() else None
+    last = read_json(record_file)
     if dry_run or found is None:
         say(f"build: would build {settings.image}:candidate with {engine.name}; {'; '.join(changes(last, inputs))}")
         return {}
@@ -102,19 +102,24 @@ def build(settings: Settings, engine: Engine, *, cache: bool = True, dry_run: bo
     began, steps = time.monotonic(), Steps()
     if not cache or engine.image(engine.local(runtime)) is None:
         say("build: runtime (everything that is fetched); it is built once for these locks")
-        _run(engine, steps, tag=runtime, target="runtime", build_args={"BASE": found.reference}, cache=cache)
-    image_id = _run(
+        _run(engine, steps, tag=runtime, base_reference=found.reference, target="runtime", cache=cache)
+    tag = f"{settings.image}:candidate"
+    _run(
         engine,
         steps,
-        tag=f"{settings.image}:candidate",
+        tag=tag,
+        base_reference=found.reference,
         runtime=engine.local(runtime),
         labels=labels(found, fetched, edited=tree != fetched.tree),
     )
     seconds = time.monotonic() - began
-    image = engine.image(image_id) or {}
+    # Asked by its tag: what buildx writes as the ID is not always one that docker knows (moby/moby#45458).
+    image = engine.image(engine.local(tag))
+    if image is None:
+        raise EngineLost(f"{engine.name} has built {tag} and does not have it", "Is a remote builder in use?")
     record = {
-        "image": f"{settings.image}:candidate",
-        "id": image_id,
+        "image": tag,
+        "id": image["Id"].removeprefix("sha256:"),
         "engine": engine.name,
         "size": image["Size"],
         "seconds": round(seconds, 2),
@@ -133,25 +138,24 @@ def _run(
     steps: Steps,
     *,
     tag: str,
+    base_reference: str,
     target: str = "",
     runtime: str = "",
-    build_args: dict[str, str] | None = None,
     labels: dict[str, str] | None = None,
     cache: bool = True,
-) -> str:
+) -> None:
     # podman leaves what a step worked with in TMPDIR when it is ended; layers pass through there, so not in memory.
     temporary = os.environ.get("TMPDIR", "/var/tmp")  # noqa: S108 -- podman's own default
     with tempfile.TemporaryDirectory(dir=temporary, ignore_cleanup_errors=True) as scratch:
-        containerfile, iidfile = Path(scratch) / "Containerfile", Path(scratch) / "id"
-        text = (ROOT / "Containerfile").read_text()
+        containerfile = Path(scratch) / "Containerfile"
+        text = read_containerfile(ROOT)
         containerfile.write_text(server_part(text, runtime) if runtime else text)
         argv = engine.build(
             ROOT,
             tag=tag,
             containerfile=containerfile,
-            iidfile=iidfile,
             target=target,
-            build_args=build_args,
+            build_args={"BASE": base_reference} if target else {},
             labels=labels,
             cache=cache,
         )
@@ -164,11 +168,22 @@ def _run(
         try:
             done = engine.follow(argv, on_line, env={"TMPDIR": scratch})
         except BaseException:
-            engine.remove_working_containers(began)
+            engine.remove_working_containers(began, base_reference)
             raise
         if not done.ok:
             raise explain(done, engine)
-        return iidfile.read_text().strip().removeprefix("sha256:")
+
+
+def read_containerfile(root: Path) -> str:
+    """Return the Containerfile. Raises ContainerfileRefused when it is missing, or its last stage cannot be found."""
+    path = root / "Containerfile"
+    text = path.read_text() if path.exists() else ""
+    if f"\n{SPLIT}\n" not in text:
+        raise ContainerfileRefused(
+            f"the Containerfile has no line {SPLIT!r}",
+            "Its last stage must begin so: a build after an edit begins there.",
+        )
+    return text
 
 
 def server_part(text: str, runtime: str) -> str:
@@ -186,13 +201,14 @@ def explain(done: process.Completed, engine: Engine) -> PipelineError:
     details = "\n".join(said.splitlines()[-25:])
     if re.search(r"no space left on device|ENOSPC|disk quota exceeded", said, re.IGNORECASE):
         return DiskFull("no space is left for the build", "inv doctor says where; a build needs about 6 GB.", details)
-    if re.search(
-        r"parse error|unknown instruction|no build stage|no FROM statement|unable to process", said, re.IGNORECASE
-    ):
+    errors = "\n".join(line for line in said.splitlines()[-10:] if line.lower().startswith(("error", "failed to")))
+    unreadable = r"parse error|unknown instruction|no build stage|no FROM statement|unable to process"
+    if re.search(unreadable, errors, re.IGNORECASE):
         return ContainerfileRefused(
             f"{engine.name} cannot read the Containerfile", "Correct the line it names; inv lint finds it too.", details
         )
-    if look(engine.name)[0] is None:
+    gone = r"error during connect|unexpected EOF|Cannot connect to the Docker daemon|transport is closing"
+    if done.code < 0 or re.search(gone, errors) or look(engine.name)[0] is None:
         return EngineLost(
             f"{engine.name} went away during the build", "Start it again and repeat; no tag has moved.", details
         )
@@ -230,7 +246,7 @@ def check_config(path: Path) -> None:
 def runtime_tag(root: Path, base_reference: str) -> str:
     """Return the name of the runtime stage's image, from everything that goes into it."""
     digest = hashlib.sha256(base_reference.encode())
-    digest.update((root / "Containerfile").read_bytes().partition(SPLIT.encode())[0])
+    digest.update(read_containerfile(root).partition(SPLIT)[0].encode())
     for path in sorted(path for pattern in RUNTIME_LOCKS for path in root.glob(pattern)):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return f"opencode-server-runtime:{digest.hexdigest()[:12]}"
@@ -248,11 +264,11 @@ def inputs_of(root: Path, openagents_tree: str) -> dict[str, str]:
     return {**hashes, "vendor/OpenAgents": openagents_tree}
 
 
-def changes(last: dict[str, Any] | None, inputs: dict[str, str]) -> list[str]:
+def changes(last: dict[str, Any], inputs: dict[str, str]) -> list[str]:
     """Return what changed against the last build's record, a phrase each."""
-    if last is None:
+    before = last.get("inputs")
+    if not before:
         return ["the first build here"]
-    before = last["inputs"]
     changed = [f"{path} changed" for path in inputs if path in before and before[path] != inputs[path]]
     changed += [f"{path} is new" for path in inputs if path not in before]
     changed += [f"{path} is gone" for path in before if path not in inputs]
@@ -279,17 +295,22 @@ def labels(found: base.Base, fetched: openagents.Record, *, edited: bool) -> dic
     }
 
 
-def without_credentials(url: str) -> str:
-    """Return ``url`` without a user name or password: a label is for everyone to read."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if parts.netloc else url
-
-
 def now() -> str:
     """Return the time in UTC as RFC 3339 to the second, or SOURCE_DATE_EPOCH when that is set."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if epoch and not epoch.isdecimal():
+        raise SettingRefused(f"SOURCE_DATE_EPOCH={epoch} is no number of seconds", "Correct it, or unset it.")
     moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a record of ours, or nothing where it is missing or torn: it only saves work, and is written again."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def write_json(path: Path, record: object) -> None:
@@ -301,17 +322,19 @@ def write_json(path: Path, record: object) -> None:
 
 
 def _git(*words: str) -> str:
+    if not (ROOT / ".git").exists():
+        return ""  # an unpacked archive; what is above it is somebody else's
     done = process.run(["git", "-C", str(ROOT), *words])
     return done.stdout.strip() if done.ok else ""
 
 
-def _summary(record: dict[str, Any], last: dict[str, Any] | None) -> None:
+def _summary(record: dict[str, Any], last: dict[str, Any]) -> None:
     slow = [(_brief(text), f"{took:.1f} s") for text, took in record["steps"] if took >= 0.5]  # noqa: PLR2004
     table(
         "Steps of half a second or more; stages run side by side, and a COPY waits for its own", ("step", "took"), slow
     )
     size = megabytes(record["size"])
-    if last:
+    if "size" in last:
         size += f" ({(record['size'] - last['size']) / 1e6:+.1f} MB)"
     say(f"built {record['image']}  {record['id'][:12]}  {size}  in {record['seconds']:.1f} s")
     say(f"since the last build: {'; '.join(record['changes'])}")

@@ -16,7 +16,8 @@ from typing import Any
 
 from pipeline import ca
 from pipeline.engine import Engine
-from pipeline.image import write_json
+from pipeline.errors import DiskFull, EngineBroken
+from pipeline.image import read_json, write_json
 from pipeline.settings import BUILD
 
 RULES = "1"
@@ -85,7 +86,7 @@ def check(engine: Engine, image: dict[str, Any], extra: dict[str, str]) -> tuple
     """
     digests: list[str] = image["RootFS"]["Layers"]
     kept_file = BUILD / "layers.json"
-    kept = json.loads(kept_file.read_text()) if kept_file.exists() else {}
+    kept = read_json(kept_file)
     known = kept["layers"] if kept.get("rules") == RULES else {}
     missing = [digest for digest in digests if digest not in known]
     if missing:
@@ -125,9 +126,13 @@ def _look_at(engine: Engine, image: dict[str, Any], wanted: set[str]) -> Iterato
                 yield digest, look(_in_directory(Path(directory)))
         return
     # Another storage driver, another machine, or not ours to read: the engine writes the image out instead.
-    with tempfile.TemporaryDirectory() as scratch:
+    # It is 0.8 GB, and /tmp may be in memory.
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:
         archive = Path(scratch) / "image.tar"
-        engine.ask(engine.argv("save", "--output", str(archive), image["Id"]))
+        done = engine.ask(engine.argv("save", "--output", str(archive), image["Id"]))
+        if not done.ok:
+            failure = DiskFull if "no space left" in done.said.lower() else EngineBroken
+            raise failure(f"{engine.name} cannot write the image out to look into it", "See what it said.", done.said)
         with tarfile.open(archive) as outer:
             manifest = outer.extractfile("manifest.json")
             assert manifest is not None  # noqa: S101 -- `save` always writes one

@@ -146,9 +146,10 @@ def agents(subject: Subject) -> str:
 def tools(subject: Subject) -> str:
     """The tools of OpenAgents are listed: a file's default export by the file's name, others by name_export."""
     ids = subject.json("/experimental/tool/ids")
-    stems = {tool.partition("_")[0] for tool in ids}
-    _listed([*ids, *stems], subject.inventory("tool"), "tools")
-    return f"{len(ids)} tools, OpenAgents' among them"
+    files = subject.inventory("tool")
+    if missing := [name for name in files if not any(f"{tool}_".startswith(f"{name}_") for tool in ids)]:
+        raise Wrong(f"no tool of {', '.join(missing)} is listed")
+    return f"{len(ids)} tools" + (", OpenAgents' among them" if files else "")
 
 
 def commands(subject: Subject) -> str:
@@ -260,7 +261,7 @@ def secrets(subject: Subject) -> str:
     """No secret and no CA of this network in any layer or the history."""
     assert subject.engine  # noqa: S101 -- needs image
     assert subject.image  # noqa: S101 -- needs image
-    faults, count = layers.check(subject.engine, subject.image, ca.extra(subject.settings.ca))
+    faults, count = layers.check(subject.engine, subject.image, ca.extra(subject.settings.ca) | ca.staged())
     if faults:
         raise Wrong("; ".join(faults[:5]))
     return f"none in {count} layers and the history"
@@ -280,10 +281,12 @@ def stops(subject: Subject) -> str:
     """SIGTERM ends it within a second."""
     assert subject.offline  # noqa: S101 -- needs offline
     engine, name = subject.offline.engine, subject.offline.name
-    engine.ask(engine.argv("kill", "--signal", "TERM", name), timeout=30)
-    began = (
-        time.monotonic()
-    )  # what the engine's client takes, beside everything else that is asked, is not the server's
+    running = subject.offline.state().get("Running")
+    killed = engine.ask(engine.argv("kill", "--signal", "TERM", name), timeout=30)
+    if not (running and killed.ok):
+        raise Wrong("it had ended before it was told to")
+    # What the engine's client takes, beside everything else that is asked, is not the server's.
+    began = time.monotonic()
     while subject.offline.state().get("Running") and time.monotonic() - began < 5:  # noqa: PLR2004 -- enough to report
         time.sleep(0.02)
     took = time.monotonic() - began

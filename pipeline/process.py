@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import signal
@@ -19,6 +20,9 @@ from pipeline.errors import Interrupted, ToolMissing
 
 GRACE_SECONDS = 10.0
 """How long a child may take to end after SIGTERM before it is killed."""
+
+NOT_A_PROGRAM = (errno.ENOENT, errno.EACCES, errno.ENOEXEC)
+"""Not there, not ours to run, or of another architecture."""
 
 echo = False
 """Whether each command is printed on stderr first; ``inv -e`` sets it."""
@@ -79,7 +83,9 @@ def run(
             cwd=cwd,
             process_group=None if terminal else 0,
         )
-    except (FileNotFoundError, PermissionError) as error:
+    except OSError as error:
+        if error.errno not in NOT_A_PROGRAM:
+            raise
         raise ToolMissing(
             f"{argv[0]} cannot be run: {error.strerror}", f"Install {argv[0]}, or put it on PATH."
         ) from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,7 +18,11 @@ def console() -> Console:
     """Return the one console, on stdout; plain and unwrapped when that is no terminal."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 200, soft_wrap=not sys.stdout.isatty(), highlight=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what git or npm says may not fit the user's locale
+    return Console(
+        emoji=False, width=None if sys.stdout.isatty() else 200, soft_wrap=not sys.stdout.isatty(), highlight=False
+    )
 
 
 def say(text: str) -> None:
@@ -55,3 +61,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 def megabytes(size: float) -> str:
     """Return ``size`` bytes as decimal megabytes, the engines' own unit."""
     return f"{size / 1e6:,.1f} MB"
+
+
+def without_credentials(url: str) -> str:
+    """Return ``url`` without a user name or password: labels, records and messages are for everyone to read."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if parts.netloc else url

@@ -18,7 +18,7 @@ BUILD = ROOT / "build"
 """What the tasks write down: records, reports, summaries. Never committed."""
 
 _INVOKE_OWN = frozenset({"run", "runners", "sudo", "tasks", "timeouts"})
-_INVOKE_OWN_ENV = (*(f"INVOKE_{section.upper()}_" for section in _INVOKE_OWN), "INVOKE_DEBUG")
+_INVOKE_OWN_ENV = (*(f"INVOKE_{section.upper()}_" for section in _INVOKE_OWN), "INVOKE_DEBUG", "INVOKE_RUNTIME_CONFIG")
 
 
 class _Section(BaseModel):
@@ -77,7 +77,9 @@ def load(config: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> 
         return Settings.model_validate({key: value for key, value in config.items() if key not in _INVOKE_OWN})
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise SettingRefused("; ".join(faults), "invoke.yaml lists every setting with what it may be.") from error
+        raise SettingRefused(
+            "; ".join(faults), "invoke.yaml lists every setting with what it may be; ~/.invoke.yaml counts too."
+        ) from error
 
 
 def check_environment(environ: Mapping[str, str] = os.environ) -> None:

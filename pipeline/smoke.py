@@ -18,8 +18,8 @@ from pipeline import probes
 from pipeline.container import SECRET, Server, remove_leftovers, running, wait_ready
 from pipeline.engine import Engine
 from pipeline.errors import NoSuchImage, PipelineError, SmokeFailed
-from pipeline.image import OURS, now, without_credentials, write_json
-from pipeline.report import fail, megabytes, ok, say, warn
+from pipeline.image import OURS, now, write_json
+from pipeline.report import fail, megabytes, ok, say, warn, without_credentials
 from pipeline.settings import BUILD, Settings
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import base, ca, image, openagents, process
+from pipeline import base, ca, image, openagents, process, report
 from pipeline.engine import Engine
 from pipeline.errors import (
     BuildFailed,
@@ -254,7 +254,7 @@ def test_what_changed_since_the_last_build(tree: Path) -> None:
     ],
 )
 def test_no_password_gets_into_a_label(url: str, shown: str) -> None:
-    assert image.without_credentials(url) == shown
+    assert report.without_credentials(url) == shown
 
 
 FETCHED = openagents.Record(
