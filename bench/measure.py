@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline import base, ca, process
 from pipeline.container import Server, running, wait_ready
 from pipeline.engine import Engine
-from pipeline.errors import BuildFailed
+from pipeline.errors import BuildFailed, NoSuchImage, SettingRefused
 from pipeline.image import now, write_json
 from pipeline.report import say, table
 from pipeline.settings import BUILD, ROOT, Settings
@@ -45,9 +45,14 @@ class Ratio:
 
 
 def bench(settings: Settings, engine: Engine, *, only: str = "", dry_run: bool = False) -> list[Ratio]:
-    """Run the benchmarks named in ``only`` (start, cold, list; all when empty); write ``build/bench.json``."""
+    """Run the benchmark named in ``only`` (list, cold or start; all when empty); write ``build/bench.json``.
+
+    Raises SettingRefused when there is none of that name, NoSuchImage when there is no candidate to start.
+    """
     parts: dict[str, Callable[[Settings, Engine], list[Ratio]]] = {"list": listing, "cold": cold, "start": start}
     chosen = [name for name in parts if only in ("", name)]
+    if not chosen:
+        raise SettingRefused(f"there is no benchmark {only}", f"There are {', '.join(parts)}.")
     if dry_run:
         say(f"bench: would measure {', '.join(chosen)} with {engine.name}; cold takes about 4 minutes")
         return []
@@ -77,6 +82,7 @@ def cold(settings: Settings, engine: Engine) -> list[Ratio]:
     found = base.ensure(engine, settings)
     assert found is not None  # noqa: S101 -- only a dry run finds none
     ca.stage(settings.ca)
+    before = set(_images(engine))
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "repository"
         shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".venv", "build", "__pycache__"))
@@ -103,13 +109,24 @@ def cold(settings: Settings, engine: Engine) -> list[Ratio]:
                 Ratio(f"rebuild after editing {name}", "our cold build", "s", statistics.median(took), ours, aim)
             )
     sizes = [(engine.image(engine.local(name)) or {})["Size"] / 1e6 for name in (f"{OURS}:candidate", NAIVE)]
+    # The runtime that these builds left has the same name and contents as the one before: it stays, the others go.
     engine.ask(engine.argv("rmi", engine.local(f"{OURS}:candidate"), engine.local(NAIVE)))
+    for image in _images(engine):
+        if image not in before and not (engine.image(image) or {}).get("RepoTags"):
+            engine.ask(engine.argv("rmi", image))
     return [*ratios, Ratio("image size", "naive image on the same base", "MB", sizes[0], sizes[1], 0.6)]
+
+
+def _images(engine: Engine) -> list[str]:
+    """Return the IDs of the images here, newest first."""
+    return list(dict.fromkeys(engine.ask(engine.argv("images", "--quiet", "--no-trunc")).stdout.split()))
 
 
 def start(settings: Settings, engine: Engine) -> list[Ratio]:
     """Time from start to the first 200 on /config: the image without a network, against the bare program here."""
     image = engine.local(f"{settings.image}:candidate")
+    if engine.image(image) is None:
+        raise NoSuchImage(f"{engine.name} has no image {image}", "Build it first: inv fetch build.")
     ours, theirs = [], []
     with tempfile.TemporaryDirectory() as scratch:
         program = Path(scratch) / "opencode"

@@ -114,6 +114,23 @@ def here(engine: Engine, settings: Settings) -> Base | None:
     return None
 
 
+def ask_argv(engine: Engine, mirror: str = "") -> list[str]:
+    """Return what asks Docker Hub, or a ``mirror``, for the pinned base's manifest."""
+    lock = Lock.read()
+    # A short name means Docker Hub to both engines here: podman's own list of them has this one.
+    return engine.argv("manifest", "inspect", f"{mirror or lock.image}@{lock.digest}")
+
+
+def within_reach(engine: Engine) -> bool:
+    """Whether a base is here or Docker Hub answers, so that none need be made."""
+    if here(engine, Settings()):
+        return True
+    try:
+        return engine.ask(ask_argv(engine), timeout=10).ok
+    except subprocess.TimeoutExpired:
+        return False
+
+
 def ensure(engine: Engine, settings: Settings, *, dry_run: bool = False) -> Base | None:
     """Return the base, after pulling or making it if it is not here; None only when ``dry_run`` found none.
 

@@ -86,7 +86,7 @@ def look_at_engines(settings: Settings) -> tuple[list[Engine], list[Row]]:
             found, why = engines.look(name)
             rows += [Row(name, "warn", reason, remedy) for reason in why]
             if found:
-                found = engines.adapt(found)
+                found = engines.prove(found)  # not what was remembered: it may have broken since
                 rows.append(Row(name, "ok", engines.describe(found)))
                 working += [found] if settings.engine in {"auto", name} else []
         except EngineBroken as error:
@@ -160,9 +160,7 @@ def registry(mirror: str, answering: Sequence[Engine]) -> list[Row]:
     what = mirror or "Docker Hub"
     if not answering:
         return [Row(what, "warn", "unknown: no engine to ask with", "inv setup installs one.")]
-    lock = base.Lock.read()
-    # Short names mean Docker Hub to both engines here: podman's own list of them has this one.
-    argv = answering[0].argv("manifest", "inspect", f"{mirror or lock.image}@{lock.digest}")
+    argv = base.ask_argv(answering[0], mirror)
     remedy = "The base is made from Debian's and npm's packages; or name a mirror in base.mirrors."
     return [_ask(what, argv, remedy, bad="warn")]
 

@@ -54,6 +54,9 @@ FOR_TESTS: Mapping[Manager, Mapping[str, str]] = {
 }
 """For the tests: a program, and what brings it."""
 
+FOR_BASE = ("mmdebstrap", "debian-archive-keyring", "debian-keyring")
+"""Of the packages for an engine, those that make the base image where no registry answers."""
+
 LISTS = Path("/var/lib/apt/lists")
 SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 """Where daemons are, and where the PATH of Debian's users does not look."""
@@ -64,6 +67,7 @@ def setup(setting: str, *, tests: bool = False, dry_run: bool = False) -> None:
 
     Raises SetupFailed, and EngineBroken when what was installed cannot start a container.
     """
+    from pipeline import base
     from pipeline import engine as engines
 
     try:
@@ -77,6 +81,9 @@ def setup(setting: str, *, tests: bool = False, dry_run: bool = False) -> None:
             raise SetupFailed(f"docker was asked for: {error.what}", remedy, error.details) from error
     manager = next((name for name in PACKAGES if shutil.which(name)), None)
     entries = lacking(manager, engine=found is not None, tests=tests)
+    if found and not shutil.which("mmdebstrap") and not base.within_reach(found):
+        say("no registry answers: the base image will have to be made here")
+        entries += [entry for entry in PACKAGES[manager or "apt-get"] if entry in FOR_BASE]
     if not entries:
         return
     _install(manager, entries, dry_run=dry_run)
