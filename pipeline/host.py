@@ -122,7 +122,7 @@ def install_argv(manager: Manager, packages: Sequence[str], *, root: bool, sudo:
     if manager == "dnf":
         return [[*prefix, "dnf", "install", "--assumeyes", "--setopt=install_weak_deps=False", *packages]]
     # A fresh Ubuntu updates itself after its first start, and holds dpkg's lock for some minutes.
-    words = ["install", "--yes", "--no-install-recommends", "--option", "DPkg::Lock::Timeout=300"]
+    words = ["install", "--yes", "--no-install-recommends", "--no-upgrade", "--option", "DPkg::Lock::Timeout=300"]
     return [[*prefix, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", *words, *packages]]
 
 

@@ -50,7 +50,7 @@ def test_without_lists_the_first_names_are_taken() -> None:
 
 
 APT_INSTALL = [
-    "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "--yes", "--no-install-recommends",
+    "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "--yes", "--no-install-recommends", "--no-upgrade",
     "--option", "DPkg::Lock::Timeout=300", "podman", "git",
 ]  # fmt: skip
 DNF_INSTALL = ["dnf", "install", "--assumeyes", "--setopt=install_weak_deps=False", "podman", "git"]
@@ -151,10 +151,10 @@ def test_an_engine_is_installed_and_proven(
     host.setup("auto")
     out = capsys.readouterr().out
     assert "installing podman, netavark, aardvark-dns, iptables" in out
-    assert "env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends" in out
+    assert "env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends --no-upgrade" in out
     assert "has started a container" in out
     assert machine.calls[0] == "apt-get update"
-    assert machine.calls[-1].startswith("apt-get install --yes --no-install-recommends")
+    assert machine.calls[-1].startswith("apt-get install --yes --no-install-recommends --no-upgrade")
     assert machine.calls[-1].endswith(
         "podman netavark aardvark-dns iptables nftables catatonit runc uidmap slirp4netns passt fuse-overlayfs"
         " mmdebstrap debian-archive-keyring ca-certificates git"
