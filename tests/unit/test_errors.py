@@ -1,5 +1,6 @@
 """Every failure: its code, its words, and docs/exit-codes.md."""
 
+import errno
 import os
 import re
 import subprocess
@@ -7,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from invoke.context import Context
 
-from pipeline import errors
-from pipeline.errors import PipelineError
+import tasks
+from pipeline import errors, process
+from pipeline.errors import DiskFull, EngineLost, NotWritable, PipelineError
 from pipeline.settings import ROOT
 
 CLASSES = {
@@ -50,3 +53,51 @@ def test_invoke_prints_the_message_on_stderr_and_leaves_with_the_code(tmp_path: 
 def test_an_interruption_has_the_shells_code_for_its_signal() -> None:
     assert errors.Interrupted("SIGTERM", 15).code == 143
     assert errors.Interrupted("SIGINT", 2).code == errors.Interrupted.exit_code == 130
+
+
+def test_the_launchers_own_code_is_on_the_page_and_is_no_class() -> None:
+    assert "exit 11;" in (ROOT / "inv").read_text()
+    assert re.search(r"^11 is the launcher", (ROOT / "docs" / "exit-codes.md").read_text(), re.MULTILINE)
+    assert 11 not in [each.exit_code for each in CLASSES.values()]
+
+
+@pytest.mark.parametrize(
+    ("number", "failure", "words"),
+    [
+        (errno.ENOSPC, DiskFull, "no space is left for /somewhere"),
+        (errno.EDQUOT, DiskFull, "no space is left for /somewhere"),
+        (errno.EACCES, NotWritable, "/somewhere: Permission denied"),
+        (errno.EPERM, NotWritable, "/somewhere: Operation not permitted"),
+        (errno.EROFS, NotWritable, "/somewhere: Read-only file system"),
+    ],
+)
+def test_what_any_step_can_meet_has_a_name(number: int, failure: type[PipelineError], words: str) -> None:
+    trouble = OSError(number, os.strerror(number), "/somewhere")
+    with pytest.raises(failure) as caught, errors.named():
+        raise trouble
+    assert caught.value.what == words
+    assert caught.value.__cause__ is trouble
+
+
+def test_a_full_disk_is_named_even_where_no_file_is() -> None:
+    with pytest.raises(DiskFull, match="no space is left for the disk"), errors.named():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_program_that_hangs_is_named_by_its_first_words() -> None:
+    with pytest.raises(EngineLost) as caught, errors.named():
+        process.run(["sh", "-c", "sleep 60; true", "secret"], timeout=0.1)
+    assert caught.value.what == "sh -c sleep 60; true has not answered within 0.1 s"
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("trouble", [FileNotFoundError(errno.ENOENT, "gone", "/x"), KeyError("a defect")])
+def test_what_has_no_name_is_left_as_it_is(trouble: Exception) -> None:
+    with pytest.raises(type(trouble)) as caught, errors.named():
+        raise trouble
+    assert caught.value is trouble
+
+
+def test_every_task_names_what_its_steps_meet() -> None:
+    with pytest.raises(NotWritable, match="/somewhere"), tasks._settings(Context()):
+        raise PermissionError(errno.EACCES, "Permission denied", "/somewhere")

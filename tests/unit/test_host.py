@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import engine, host, process
+from pipeline import base, engine, host, process
 from pipeline.engine import Engine
 from pipeline.errors import EngineBroken, NoEngine, SetupFailed, ToolMissing
 from pipeline.settings import ROOT
@@ -101,6 +101,7 @@ class Machine:
         monkeypatch.setattr(engine, "find", self.find)
         monkeypatch.setattr(engine, "prove", lambda found: found)
         self.program("git")
+        self.program("mmdebstrap")
 
     def find(self, _setting: str) -> Engine:
         answer = self.answers.pop(0)
@@ -167,6 +168,20 @@ def test_a_broken_engine_gets_what_it_may_lack(machine: Machine, monkeypatch: py
     machine.answers = [EngineBroken("no networks", ""), HERE]
     host.setup("auto")
     assert "netavark" in machine.calls[-1]
+
+
+@pytest.mark.parametrize("reach", [True, False])
+def test_where_an_engine_is_and_no_registry_what_makes_the_base_is_brought(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, *, reach: bool
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(base, "within_reach", lambda _engine: reach)
+    machine.apt()
+    (machine.bin / "mmdebstrap").unlink()
+    machine.answers = [HERE]
+    host.setup("auto")
+    installs = [call for call in machine.calls if call.startswith("apt-get install")]
+    assert [call.split()[-2:] for call in installs] == ([] if reach else [["mmdebstrap", "debian-archive-keyring"]])
 
 
 def test_dry_run_changes_nothing(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import base, ca, image, openagents, process, report
+from pipeline import base, ca, image, openagents, process
 from pipeline.engine import Engine
 from pipeline.errors import (
     BuildFailed,
@@ -19,6 +19,7 @@ from pipeline.errors import (
     LockBroken,
     NothingFetched,
     PipelineError,
+    SettingRefused,
 )
 from pipeline.image import Steps, changes, check_config, explain, runtime_tag
 from pipeline.settings import ROOT, Settings
@@ -136,6 +137,7 @@ def test_steps_of_dockers_legacy_builder() -> None:
 
 
 ENGINE = Engine("docker", "/d", "20.10")
+UNKNOWN = "parse error line 3: unknown instruction: RUNN"
 
 
 @pytest.mark.parametrize(
@@ -144,8 +146,23 @@ ENGINE = Engine("docker", "/d", "20.10")
         ('Error: building at STEP "RUN false": while running runtime: exit status 1', True, BuildFailed),
         ("writing blob: write /var/tmp/x: no space left on device", True, DiskFull),
         ("npm ERR! code ENOSPC", False, DiskFull),
-        ("Dockerfile parse error line 3: unknown instruction: RUNN", True, ContainerfileRefused),
+        # What podman 4.3, docker's old builder, BuildKit in docker 20.10 and buildx say of a word they do not know.
+        ('Error: building at STEP "RUNN ": Build error: Unknown instruction: "RUNN" &x{}', True, ContainerfileRefused),
+        (f"Error response from daemon: dockerfile {UNKNOWN}", True, ContainerfileRefused),
+        (f"failed to solve with frontend dockerfile.v0: dockerfile {UNKNOWN}", True, ContainerfileRefused),
+        (f"ERROR: failed to solve: dockerfile {UNKNOWN}\n\nView build details: x", True, ContainerfileRefused),
         ("Error: no FROM statement found", True, ContainerfileRefused),
+        # A step may say the same of a file of its own.
+        ("app.rc: parse error on line 3\nThe command '/bin/sh -c true' returned a non-zero code: 1", True, BuildFailed),
+        ("ERROR: unknown instruction\n" + "more\n" * 10 + "Error: building: exit status 1", True, BuildFailed),
+        # A daemon that systemd starts again answers by the time it is asked.
+        ("Step 2/9 : RUN make\nunexpected EOF", True, EngineLost),
+        ("ERROR: failed to receive status: error reading from server: unexpected EOF", True, EngineLost),
+        ("failed to receive status: rpc error: code = Unavailable desc = transport is closing", True, EngineLost),
+        ("error during connect: Post http://docker/build: EOF", True, EngineLost),
+        ("ERROR: Cannot connect to the Docker daemon at unix:///x. Is the docker daemon running?", True, EngineLost),
+        ("Cannot connect to the Docker daemon at unix:///x. Is the docker daemon running?", True, EngineLost),
+        ("tar: unexpected EOF\nThe command '/bin/sh -c tar x' returned a non-zero code: 2", True, BuildFailed),
         ("Cannot connect to the Docker daemon at unix:///var/run/docker.sock", False, EngineLost),
         ("npm ERR! code EINTEGRITY\nnpm ERR! sha512-a integrity checksum failed", True, LockBroken),
         ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.", True, LockBroken),
@@ -161,6 +178,12 @@ def test_a_failed_build_is_explained_by_what_it_said(
     assert explained.details.endswith(said)
     assert "line 99" in explained.details
     assert "line 50" not in explained.details
+
+
+def test_an_engine_that_a_signal_ended_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image, "look", lambda _: (ENGINE, []))
+    killed = process.Completed(("podman",), -9, "STEP 2/9: RUN make", "", 1.0)
+    assert type(explain(killed, ENGINE)) is EngineLost
 
 
 def test_the_configuration_of_this_repository_is_one_of_opencode() -> None:
@@ -230,7 +253,7 @@ def test_what_changed_since_the_last_build(tree: Path) -> None:
     before = image.inputs_of(tree, "tree-1")
     assert {"Containerfile", "config.json", "scripts/status", "locks/base.json", "vendor/OpenAgents"} <= before.keys()
     assert not [path for path in before if "__pycache__" in path]
-    assert changes(None, before) == ["the first build here"]
+    assert changes({}, before) == changes({"inputs": {}}, before) == ["the first build here"]
     assert changes({"inputs": before}, before) == ["nothing changed"]
     (tree / "config.json").write_text("{}")
     (tree / "scripts" / "status").rename(tree / "scripts" / "state")
@@ -240,21 +263,6 @@ def test_what_changed_since_the_last_build(tree: Path) -> None:
         "scripts/state is new",
         "scripts/status is gone",
     ]
-
-
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [
-        ("https://user:secret@git.example.com:8443/a/b.git", "https://git.example.com:8443/a/b.git"),
-        ("https://token@git.example.com/a", "https://git.example.com/a"),
-        ("https://git.example.com/a@b", "https://git.example.com/a@b"),
-        ("/srv/git/a.git", "/srv/git/a.git"),
-        ("git@git.example.com:a/b.git", "git@git.example.com:a/b.git"),
-        ("", ""),
-    ],
-)
-def test_no_password_gets_into_a_label(url: str, shown: str) -> None:
-    assert report.without_credentials(url) == shown
 
 
 FETCHED = openagents.Record(
@@ -295,18 +303,61 @@ def test_a_record_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     image.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
         image.write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
+    assert image.read_json(path) == {"a": 1}
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("torn", [None, b"", b'{"inputs": {"a"', b"null", b"[]", b"\xff"])
+def test_a_torn_record_is_as_good_as_none(tmp_path: Path, torn: bytes | None) -> None:
+    path = tmp_path / "record.json"
+    if torn is not None:
+        path.write_bytes(torn)
+    assert image.read_json(path) == {}
+
+
+@pytest.mark.parametrize("epoch", ["abc", "-1", "1.5", "0x10"])
+def test_a_time_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, epoch: str) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+    with pytest.raises(SettingRefused, match=f"SOURCE_DATE_EPOCH={epoch} is no number of seconds"):
+        image.now()
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "")
+    assert image.now() > "2026"
+
+
+def test_an_unpacked_archive_has_no_revision_whatever_is_above_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@localhost"]
+    for words in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message", "somebody else's"]):
+        assert process.run([*git, *words]).ok
+    monkeypatch.setattr(image, "ROOT", tmp_path)
+    assert len(image._git("rev-parse", "HEAD")) == 40
+    monkeypatch.setattr(image, "ROOT", tmp_path / "archive")
+    (tmp_path / "archive").mkdir()
+    assert image._git("rev-parse", "HEAD") == ""
+
+
+@pytest.mark.parametrize("text", [None, "FROM runtime AS servers\n", "FROM node\n# FROM runtime AS server\n", ""])
+def test_a_containerfile_without_its_last_stage_is_refused_in_words(tree: Path, text: str | None) -> None:
+    file = tree / "Containerfile"
+    assert image.read_containerfile(tree) == file.read_text()
+    if text is None:
+        file.unlink()
+    else:
+        file.write_text(text)
+    for ask in (image.read_containerfile, lambda root: runtime_tag(root, "base:1")):
+        with pytest.raises(ContainerfileRefused, match="the Containerfile has no line 'FROM runtime AS server'"):
+            ask(tree)
 
 
 class Builder:
     """Stands for process.run: an engine that has the base, and builds what it is told to."""
 
-    def __init__(self, *, fails: bool = False) -> None:
+    def __init__(self, *, fails: bool = False, keeps: bool = True) -> None:
         self.here: set[str] = set()
         self.builds: list[list[str]] = []
         self.texts: list[str] = []
-        self.fails = fails
+        self.fails, self.keeps = fails, keeps
 
     def __call__(self, argv: list[str], **options: Any) -> process.Completed:
         code, out = 0, ""
@@ -316,12 +367,11 @@ class Builder:
             options["on_line"]("Step 1/1 : FROM base")
             if self.fails:
                 code, out = 1, "exit status 1"
-            else:
-                Path(argv[argv.index("--iidfile") + 1]).write_text("sha256:" + "e" * 64)
+            elif self.keeps:
                 self.here.add(argv[argv.index("--tag") + 1])
         elif argv[1:3] == ["image", "inspect"]:
-            found = argv[3] in self.here or argv[3] == "e" * 64
-            code, out = (0, json.dumps([{"Id": "sha256:e", "Size": 750_000_000}])) if found else (1, "")
+            answer = json.dumps([{"Id": "sha256:" + "e" * 64, "Size": 750_000_000}])
+            code, out = (0, answer) if argv[3] in self.here else (1, "")
         return process.Completed(tuple(argv), code, out, "", 0.0)
 
 
@@ -335,8 +385,8 @@ def ready(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Builder]
     monkeypatch.setattr(ca, "stage", lambda _: 0)
     monkeypatch.setattr(image, "look", lambda _: (ENGINE, []))
 
-    def use(*, fails: bool = False) -> Builder:
-        builder = Builder(fails=fails)
+    def use(*, fails: bool = False, keeps: bool = True) -> Builder:
+        builder = Builder(fails=fails, keeps=keeps)
         monkeypatch.setattr(process, "run", builder)
         return builder
 
@@ -366,6 +416,19 @@ def test_the_runtime_is_built_once_and_the_rest_on_top_of_it(
     assert "750.0 MB (+0.0 MB)" in capsys.readouterr().out
     image.build(Settings(), ENGINE, cache=False)
     assert ["--no-cache" in argv for argv in builder.builds] == [False, False, False, True, False]
+    capsys.readouterr()
+    (tree / "build" / "build-docker.json").write_text('{"image": "opencode-ser')
+    assert image.build(Settings(), ENGINE)["changes"] == ["the first build here"]
+    assert "750.0 MB  in" in capsys.readouterr().out
+
+
+def test_an_image_that_a_builder_elsewhere_keeps_is_not_taken_for_built(
+    ready: Callable[..., Builder], tree: Path
+) -> None:
+    ready(keeps=False)
+    with pytest.raises(EngineLost, match="docker has built opencode-server:candidate and does not have it"):
+        image.build(Settings(), ENGINE)
+    assert not (tree / "build").exists()
 
 
 def test_nothing_is_built_of_what_is_refused_missing_or_only_asked_about(

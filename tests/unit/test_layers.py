@@ -14,6 +14,7 @@ import pytest
 
 from pipeline import ca, layers, process
 from pipeline.engine import Engine
+from pipeline.errors import DiskFull, EngineBroken, PipelineError
 from pipeline.layers import Findings, look, secrets_in
 
 
@@ -136,10 +137,13 @@ class Archive(Engine):
 
     history: str = "/bin/sh -c apt-get update"
     saved: Path | None = None
+    refuses: str = ""
     asked: list[str] = field(default_factory=list)
 
     def ask(self, argv: Any, **_: Any) -> process.Completed:
         self.asked.append(argv[1])
+        if argv[1] == "save" and self.refuses:
+            return process.Completed(tuple(argv), 125, "", self.refuses, 0.0)
         if argv[1] == "save":
             assert self.saved
             shutil.copy(self.saved, argv[argv.index("--output") + 1])
@@ -176,7 +180,10 @@ def test_a_layer_is_looked_at_once(tmp_path: Path, build: Path, monkeypatch: pyt
     assert layers.check(engine, subject, {}) == (faults, 2)
     monkeypatch.setattr(layers, "RULES", "other rules")
     assert layers.check(engine, subject, {}) == ([], 2)
-    assert engine.asked == ["history"] * 3
+    (build / "layers.json").write_text('{"rules": "other ru')  # torn: they are looked at again
+    assert layers.check(engine, subject, {}) == ([], 2)
+    assert json.loads((build / "layers.json").read_text())["rules"] == "other rules"
+    assert engine.asked == ["history"] * 4
 
 
 def test_a_ca_of_this_network_is_found_wherever_it_is(tmp_path: Path) -> None:
@@ -206,6 +213,18 @@ def test_where_the_layers_cannot_be_read_the_engine_writes_them_out(tmp_path: Pa
     faults, count = layers.check(engine, image(digests=2), EXTRA)
     assert (faults, count) == (["/root/.npmrc", "/ca.pem holds a CA of this network"], 2)
     assert engine.asked == ["save", "history"]
+
+
+@pytest.mark.parametrize(
+    ("said", "failure"),
+    [("write /x: No space left on device", DiskFull), ("Error: layer not known", EngineBroken)],
+)
+def test_an_image_that_cannot_be_written_out_says_why(build: Path, said: str, failure: type[PipelineError]) -> None:
+    with pytest.raises(failure, match="docker cannot write the image out") as caught:
+        layers.check(Archive("docker", "/d", "20", refuses=said), image(digests=2), {})
+    assert type(caught.value) is failure
+    assert caught.value.details == said
+    assert not build.exists()
 
 
 @pytest.mark.parametrize(

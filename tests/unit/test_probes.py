@@ -26,7 +26,7 @@ GOOD: dict[str, Any] = {
     "/config": {**json.loads((ROOT / "config.json").read_text()), "username": "root", "agent": {}},
     "/global/health": {"healthy": True, "version": pinned_version()},
     "/agent": [{"name": "build", "native": True}, {"name": "openagent"}, {"name": "Coder"}],
-    "/experimental/tool/ids": ["bash", "env", "gemini_edit", "gemini_generate"],
+    "/experimental/tool/ids": ["bash", "env", "gemini_edit", "gemini_generate", "task_list_all"],
     "/command": [{"name": "init"}, {"name": "context/load"}],
     "/skill": [{"name": "task-management"}],
 }
@@ -38,6 +38,7 @@ PACKAGE = {
     "skill/tasks/SKILL.md": "---\nname: task-management\n---\n",
     "tool/env.ts": "export default tool({})",
     "tool/gemini.ts": "export const edit = 1",
+    "tool/task_list.ts": "export const all = 1",
     "tool/env/helper.ts": "",
 }
 
@@ -111,7 +112,21 @@ NATIVE = [{"name": "build", "native": True}]
         ("health", "healthy", "/global/health", {"healthy": True, "version": "0.0.1"}, "locks/npm pins"),
         ("agents", "2 agents, with all 2", "/agent", NATIVE, "2 of 2 agents are not listed: Coder, openagent"),
         ("agents", "2 agents", "/agent", [{"name": "Coder"}], "1 of 2 agents are not listed: openagent"),
-        ("tools", "4 tools", "/experimental/tool/ids", ["bash", "env"], "1 of 2 tools are not listed: gemini"),
+        (
+            "tools",
+            "5 tools, OpenAgents' among them",
+            "/experimental/tool/ids",
+            ["bash", "env"],
+            "of gemini, task_list is",
+        ),
+        (
+            "tools",
+            "5 tools",
+            "/experimental/tool/ids",
+            ["environment", "gemini", "task_list"],
+            "no tool of env is listed",
+        ),
+        ("tools", "5 tools", "/experimental/tool/ids", ["env", "gemini_x", "task"], "no tool of task_list is listed"),
         ("commands", "with all 1", "/command", [{"name": "init"}], "commands are not listed: context/load"),
         ("skills", "1 skills", "/skill", [], "skills are not listed: task-management"),
         ("closed", "401", "open", True, "/config answered 200 without the password"),
@@ -134,6 +149,7 @@ def test_every_question_to_a_server_has_a_bad_answer_above() -> None:
 def test_of_a_server_that_is_not_ours_anything_listed_will_do(server: Server, answers: dict[str, Any]) -> None:
     subject = Subject(Settings(), server)
     assert ALL["agents"].ask(subject) == "2 agents"
+    assert ALL["tools"].ask(subject) == "5 tools"
     answers["/agent"] = NATIVE
     with pytest.raises(Wrong, match="no agents are listed"):
         ALL["agents"].ask(subject)
@@ -219,13 +235,21 @@ def test_a_question_that_is_asked_inside(name: str, said: str, answer: str, bad:
 
 def test_secrets_are_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[str] = []
-    monkeypatch.setattr(layers, "check", lambda *_: (found, 8))
-    monkeypatch.setattr(ca, "extra", lambda _: {})
+    looked_for: list[dict[str, str]] = []
+
+    def check(_engine: Engine, _image: dict[str, Any], extra: dict[str, str]) -> tuple[list[str], int]:
+        looked_for.append(extra)
+        return found, 8
+
+    monkeypatch.setattr(layers, "check", check)
+    monkeypatch.setattr(ca, "extra", lambda _: {"a": "named now"})
+    monkeypatch.setattr(ca, "staged", lambda: {"b": "named when it was built"})
     subject = Subject(Settings(), Server(""), ENGINE, IMAGE)
     assert ALL["secrets"].ask(subject) == "none in 8 layers and the history"
     found += ["/root/.npmrc", "/app/.env"]
     with pytest.raises(Wrong, match=r"^/root/\.npmrc; /app/\.env$"):
         ALL["secrets"].ask(subject)
+    assert looked_for == [{"a": "named now", "b": "named when it was built"}] * 2
 
 
 @pytest.mark.parametrize("reply", [(0, json.dumps(NATIVE)), (22, "")])
@@ -248,11 +272,23 @@ def test_sigterm_must_end_it_within_a_second(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(process, "run", run)
     clock = iter(float(second) for second in range(100))
     monkeypatch.setattr(probes, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda _: None))
-    states = iter([{"Running": False}] + [{"Running": True}] * 50)
+    states = iter([{"Running": True}, {"Running": False}] + [{"Running": True}] * 50)
     alone = inside(lambda _: (0, ""))
     monkeypatch.setattr(Inside, "state", lambda _: next(states))
     subject = Subject(Settings(), Server(""), ENGINE, IMAGE, offline=alone)
     assert ALL["stops"].ask(subject).startswith("ended")
     assert asked == [["/p", "kill", "--signal", "TERM", "n"]]
     with pytest.raises(Wrong, match="after SIGTERM: something ignores signals as PID 1"):
+        ALL["stops"].ask(subject)
+
+
+@pytest.mark.parametrize(("states", "code"), [([False], 0), ([True, False], 1)])
+def test_a_server_that_had_ended_by_itself_does_not_pass_for_one_that_stops(
+    monkeypatch: pytest.MonkeyPatch, states: list[bool], code: int
+) -> None:
+    monkeypatch.setattr(process, "run", lambda argv, **_: process.Completed(tuple(argv), code, "", "", 0.0))
+    ended = iter([*states, *[False] * 9])
+    monkeypatch.setattr(Inside, "state", lambda _: {"Running": next(ended)})
+    subject = Subject(Settings(), Server(""), ENGINE, IMAGE, offline=inside(lambda _: (0, "")))
+    with pytest.raises(Wrong, match="it had ended before it was told to"):
         ALL["stops"].ask(subject)

@@ -83,13 +83,19 @@ def test_an_error_of_the_caller_ends_the_child(tmp_path: Path) -> None:
     wait_until_ended(int(note.read_text()))
 
 
-@pytest.mark.parametrize("reason", ["No such file", "Permission denied"])
+@pytest.mark.parametrize("reason", ["No such file", "Permission denied", "Exec format error"])
 def test_a_program_that_cannot_be_run_is_named(tmp_path: Path, reason: str) -> None:
     program = tmp_path / "tool"
-    if reason == "Permission denied":
-        program.write_text("#!/bin/sh\n")
+    if reason != "No such file":
+        program.write_text("of another architecture")
+        program.chmod(0o755 if reason == "Exec format error" else 0o644)
     with pytest.raises(ToolMissing, match=f"{program} cannot be run: {reason}"):
         process.run([str(program)])
+
+
+def test_what_is_no_fault_of_the_program_is_not_blamed_on_it() -> None:
+    with pytest.raises(OSError, match="Argument list too long"):
+        process.run(["true", "x" * 3_000_000])
 
 
 def test_the_command_is_shown_when_asked_for(

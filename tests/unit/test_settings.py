@@ -126,6 +126,7 @@ def test_every_fault_is_named_at_once_and_settings_do_not_change() -> None:
         ("INVOKE_BASE_DEBIAN_MIRROR", True),
         ("INVOKE_RUN_ECHO", True),
         ("INVOKE_DEBUG", True),
+        ("INVOKE_RUNTIME_CONFIG", True),
         ("OTHER", True),
         ("INVOKE_ENGIN", False),
         ("INVOKE_SMOKE", False),
