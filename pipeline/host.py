@@ -42,13 +42,15 @@ FOR_TESTS: Mapping[Manager, Mapping[str, str]] = {
         "dockerd": "docker.io docker-cli",
         "docker-registry": "docker-registry",
         "iptables": "iptables",
-        "cron": "cron",
+        "ip": "iproute2",
+        "openssl": "openssl",
     },
     "dnf": {
         "dockerd": "moby-engine docker-cli",
         "registry": "docker-distribution",
         "iptables": "iptables-nft",
-        "crond": "cronie",
+        "ip": "iproute",
+        "openssl": "openssl",
     },
     "brew": {},
 }
@@ -83,7 +85,7 @@ def setup(setting: str, *, tests: bool = False, dry_run: bool = False) -> None:
     entries = lacking(manager, engine=found is not None, tests=tests)
     if found and not shutil.which("mmdebstrap") and not base.within_reach(found):
         say("no registry answers: the base image will have to be made here")
-        entries += [entry for entry in PACKAGES[manager or "apt-get"] if entry in FOR_BASE]
+        entries += [entry for entry in PACKAGES[manager or "apt-get"].split() if entry in FOR_BASE]
     if not entries:
         return
     _install(manager, entries, dry_run=dry_run)
