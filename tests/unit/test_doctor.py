@@ -29,6 +29,7 @@ def stub_engines(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
     monkeypatch.setattr(engine, "look", look)
     monkeypatch.setattr(engine, "prove", lambda found: found)
+    monkeypatch.setattr(engine, "adapt", None)  # what was remembered may have broken since
 
 
 def test_a_client_without_a_daemon_is_only_a_warning_beside_an_engine_that_works(
