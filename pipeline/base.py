@@ -251,7 +251,8 @@ def _version(lock: Lock, name: str) -> str:
 def _node_tar(lock: Lock, scratch: Path, output: Path, settings: Settings) -> None:
     """Lay Node, npm, corepack and yarn out as node:20-slim has them, into one tar."""
     found = ca.source(settings.ca)
-    env = {name: str(found[1]) for name in ("NODE_EXTRA_CA_CERTS", "PIP_CERT", "SSL_CERT_FILE")} if found else {}
+    names = ("NODE_EXTRA_CA_CERTS", "PIP_CERT", "SSL_CERT_FILE")
+    env = {name: str(found[1]) for name in names if settings.ca or not os.environ.get(name)} if found else {}
     npm = _npm(env)
     with tarfile.open(output, "w") as archive:
         for spec, integrity in lock.packages().items():

@@ -133,6 +133,9 @@ def wait_ready(
             last = f"nothing answers at {without_credentials(server.url)}: {type(error).__name__}"
             if isinstance(error, (requests.exceptions.SSLError, ValueError)):  # requests' word for an impossible URL
                 break
+        except ValueError as error:  # urllib's, for one with a bracket too few
+            last = str(error)
+            break
         if alive and time.monotonic() - looked > 0.5:  # noqa: PLR2004 -- inspecting costs 50 ms of engine time
             alive()
             looked = time.monotonic()

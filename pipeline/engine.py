@@ -16,7 +16,7 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,9 @@ Name = Literal["podman", "docker"]
 PROOF_IMAGE = "opencode-server-proof:1"
 ASK_SECONDS = 60.0
 """How long a program may take to say what it is, and a container of nothing to start: some hang for ever."""
+
+STEERING = ("CONTAINER", "DOCKER", "XDG_", "HOME")
+"""How the names of the variables begin that say where an engine and its images are."""
 
 LIMITS = (("nofile", resource.RLIMIT_NOFILE), ("nproc", resource.RLIMIT_NPROC))
 
@@ -206,6 +209,10 @@ def find(setting: str = "auto") -> Engine:
     names: list[Name] = ["podman", "docker"] if setting == "auto" else [setting]  # type: ignore[list-item]
     why, broken = [], None
     for name in names:
+        # A podman on this machine needs no daemon: what was proven holds. A daemon has to be asked each time.
+        known = remembered(name) if name == "podman" else None
+        if known and known.store:
+            return known
         found, reasons = look(name)
         why += reasons
         if found:
@@ -301,22 +308,37 @@ def adapt(engine: Engine) -> Engine:
 
     Raises EngineBroken when none does.
     """
-    record = BUILD / f"engine-{engine.name}.json"
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    key = [engine.program, engine.version, engine.store, boot.read_text().strip() if boot.exists() else ""]
-    key += [str(resource.getrlimit(number)) for _, number in LIMITS]
-    try:
-        known = json.loads(record.read_text())
-        if known["key"] == key:
-            return replace(engine, flags=tuple(known["flags"]), limits=tuple(known["limits"]))
-    except (OSError, ValueError, KeyError):
-        pass
+    known = remembered(engine.name)
+    if known and replace(known, flags=engine.flags, limits=engine.limits) == engine:
+        return known
     proven = prove(engine)
+    record = BUILD / f"engine-{engine.name}.json"
     record.parent.mkdir(exist_ok=True)
     draft = record.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps({"key": key, "flags": proven.flags, "limits": proven.limits}))
+    draft.write_text(json.dumps({"circumstances": _circumstances(engine.name), "engine": asdict(proven)}))
     draft.replace(record)
     return proven
+
+
+def remembered(name: Name) -> Engine | None:
+    """Return the engine that was proven here in the same circumstances, or None."""
+    try:
+        known = json.loads((BUILD / f"engine-{name}.json").read_text())
+        if known["circumstances"] != _circumstances(name):
+            return None
+        said = known["engine"]
+        return Engine(**{**said, "flags": tuple(said["flags"]), "limits": tuple(said["limits"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _circumstances(name: Name) -> list[str]:
+    """Return what a proof depends on: this boot, our limits, the programs called ``name``, and what steers them."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    programs = [f"{program} {Path(program).stat().st_mtime_ns}" for program in _programs(name)]
+    steering = [f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith(STEERING)]
+    limits = [str(resource.getrlimit(number)) for _, number in LIMITS]
+    return [boot.read_text().strip() if boot.exists() else "", *limits, *programs, *steering]
 
 
 def prove(engine: Engine) -> Engine:

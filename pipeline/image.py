@@ -100,6 +100,7 @@ def build(settings: Settings, engine: Engine, *, cache: bool = True, dry_run: bo
     certificates = ca.stage(settings.ca)
     say(f"build: {engine.name}, {found.reference}, {fetched.kind} {fetched.commit[:12]}, {certificates} extra CAs")
     began, steps = time.monotonic(), Steps()
+    labelled = labels(found, fetched, edited=tree != fetched.tree)
     if not cache or engine.image(engine.local(runtime)) is None:
         say("build: runtime (everything that is fetched); it is built once for these locks")
         _run(engine, steps, tag=runtime, base_reference=found.reference, target="runtime", cache=cache)
@@ -110,7 +111,7 @@ def build(settings: Settings, engine: Engine, *, cache: bool = True, dry_run: bo
         tag=tag,
         base_reference=found.reference,
         runtime=engine.local(runtime),
-        labels=labels(found, fetched, edited=tree != fetched.tree),
+        labels=labelled,
     )
     seconds = time.monotonic() - began
     # Asked by its tag: what buildx writes as the ID is not always one that docker knows (moby/moby#45458).
@@ -191,8 +192,8 @@ def server_part(text: str, runtime: str) -> str:
 
     Not a build argument in FROM: podman 4.3 then does not see that the stage of that name comes first.
     """
-    above, _, below = text.partition(SPLIT)
-    return "\n" * above.count("\n") + SPLIT.replace("runtime", runtime, 1) + below
+    above, _, below = text.partition(f"\n{SPLIT}\n")
+    return "\n" * (above.count("\n") + 1) + SPLIT.replace("runtime", runtime, 1) + "\n" + below
 
 
 def explain(done: process.Completed, engine: Engine) -> PipelineError:
@@ -248,7 +249,7 @@ def check_config(path: Path) -> None:
 def runtime_tag(root: Path, base_reference: str) -> str:
     """Return the name of the runtime stage's image, from everything that goes into it."""
     digest = hashlib.sha256(base_reference.encode())
-    digest.update(read_containerfile(root).partition(SPLIT)[0].encode())
+    digest.update(read_containerfile(root).partition(f"\n{SPLIT}\n")[0].encode())
     for path in sorted(path for pattern in RUNTIME_LOCKS for path in root.glob(pattern)):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return f"opencode-server-runtime:{digest.hexdigest()[:12]}"
@@ -300,9 +301,13 @@ def labels(found: base.Base, fetched: openagents.Record, *, edited: bool) -> dic
 def now() -> str:
     """Return the time in UTC as RFC 3339 to the second, or SOURCE_DATE_EPOCH when that is set."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    if epoch and not epoch.isdecimal():
-        raise SettingRefused(f"SOURCE_DATE_EPOCH={epoch} is no number of seconds", "Correct it, or unset it.")
-    moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
+    try:
+        moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
+        if moment.year < 1970:  # noqa: PLR2004 -- the epoch
+            raise ValueError
+    except (ValueError, OverflowError, OSError) as error:
+        what = f"SOURCE_DATE_EPOCH={epoch} is no number of seconds since 1970"
+        raise SettingRefused(what, "Correct it, or unset it.") from error
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

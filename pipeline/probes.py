@@ -147,6 +147,8 @@ def tools(subject: Subject) -> str:
     """The tools of OpenAgents are listed: a file's default export by the file's name, others by name_export."""
     ids = subject.json("/experimental/tool/ids")
     files = subject.inventory("tool")
+    if not ids:
+        raise Wrong("no tools are listed")
     if missing := [name for name in files if not any(f"{tool}_".startswith(f"{name}_") for tool in ids)]:
         raise Wrong(f"no tool of {', '.join(missing)} is listed")
     return f"{len(ids)} tools" + (", OpenAgents' among them" if files else "")

@@ -65,5 +65,8 @@ def megabytes(size: float) -> str:
 
 def without_credentials(url: str) -> str:
     """Return ``url`` without a user name or password: labels, records and messages are for everyone to read."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "an impossible URL"
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if parts.netloc else url

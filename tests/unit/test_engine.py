@@ -271,6 +271,31 @@ def test_nothing_installed_says_so_of_each() -> None:
     assert "inv setup" in caught.value.remedy
 
 
+def test_a_podman_that_was_proven_is_not_asked_again_and_a_new_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(engines, "prove", lambda engine: replace(engine, flags=("--runtime", "runc")))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    podman, asked = tmp_path / "podman", []
+    podman.write_text("#!/bin/sh")
+    podman.chmod(0o755)
+
+    def look(name: str) -> tuple[Engine, list[str]]:
+        asked.append(name)
+        return Engine("podman", str(podman), "4.3.1", store="/store"), []
+
+    monkeypatch.setattr(engines, "look", look)
+    assert find() == find() == Engine("podman", str(podman), "4.3.1", store="/store", flags=("--runtime", "runc"))
+    assert asked == ["podman"]
+    monkeypatch.setenv("CONTAINERS_STORAGE_CONF", "/other")
+    find()
+    assert len(asked) == 2
+    os.utime(podman, (1, 1))
+    find()
+    assert len(asked) == 3
+
+
 def test_flags_are_proven_once_a_boot_and_again_when_anything_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,7 +317,7 @@ def test_flags_are_proven_once_a_boot_and_again_when_anything_changed(
     adapt(replace(plain, version="5.0.0", program="/other"))
     record = tmp_path / "build" / "engine-podman.json"
     known = json.loads(record.read_text())
-    known["key"][3] = "another boot"
+    known["circumstances"][0] = "another boot"
     record.write_text(json.dumps(known))
     adapt(replace(plain, version="5.0.0", program="/other"))
     record.write_text("{")
