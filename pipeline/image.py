@@ -300,14 +300,14 @@ def labels(found: base.Base, fetched: openagents.Record, *, edited: bool) -> dic
 
 def now() -> str:
     """Return the time in UTC as RFC 3339 to the second, or SOURCE_DATE_EPOCH when that is set."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     try:
         moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
-        if moment.year < 1970:  # noqa: PLR2004 -- the epoch
-            raise ValueError
-    except (ValueError, OverflowError, OSError) as error:
+    except (ValueError, OverflowError, OSError):
+        moment = None
+    if moment is None or epoch.startswith("-"):
         what = f"SOURCE_DATE_EPOCH={epoch} is no number of seconds since 1970"
-        raise SettingRefused(what, "Correct it, or unset it.") from error
+        raise SettingRefused(what, "Correct it, or unset it.")
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

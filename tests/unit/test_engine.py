@@ -1,6 +1,7 @@
 """podman and docker: exact command lines, and which of several programs on PATH is taken."""
 
 import json
+import os
 import platform
 import resource
 import shutil
