@@ -83,7 +83,6 @@ class Engine:
         containerfile: Path,
         target: str = "",
         build_args: Mapping[str, str] | None = None,
-        labels: Mapping[str, str] | None = None,
         cache: bool = True,
     ) -> list[str]:
         """Build ``context`` into an image called ``tag``."""
@@ -94,8 +93,6 @@ class Engine:
             words += ["--target", target]
         for key, value in (build_args or {}).items():
             words += ["--build-arg", f"{key}={value}"]
-        for key, value in (labels or {}).items():
-            words += ["--label", f"{key}={value}"]
         if self.podman:
             # The OCI format has no HEALTHCHECK and drops it. Stages run one after the other unless told otherwise.
             words += ["--format", "docker", "--jobs", "4", *self.limits]

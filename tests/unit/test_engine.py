@@ -84,11 +84,10 @@ def test_build() -> None:
         "containerfile": Path("/src/Containerfile"),
         "target": "runtime",
         "build_args": {"BASE": "b", "RUNTIME": "r"},
-        "labels": {"z": "1", "a": "two words"},
         "cache": False,
     }
     middle = ["--no-cache", "--target", "runtime"]
-    middle += ["--build-arg", "BASE=b", "--build-arg", "RUNTIME=r", "--label", "z=1", "--label", "a=two words"]
+    middle += ["--build-arg", "BASE=b", "--build-arg", "RUNTIME=r"]
     head = ["build", "--file", "/src/Containerfile", "--tag"]
     assert PODMAN.build(**said) == [  # type: ignore[arg-type]
         *("/p", "--runtime", "runc", *head, "localhost/opencode-server:candidate", *middle),

@@ -393,6 +393,12 @@ def ready(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Builder]
     return use
 
 
+def test_a_label_is_quoted_for_the_containerfile() -> None:
+    line = image.label_line({"a": "two words", "b": 'a "$HOME" \\ é'})
+    assert line == '\nLABEL a="two words" b="a \\"\\$HOME\\" \\\\ é"\n'
+    assert image.label_line({}) == ""
+
+
 def test_the_runtime_is_built_once_and_the_rest_on_top_of_it(
     ready: Callable[..., Builder], tree: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -404,9 +410,11 @@ def test_the_runtime_is_built_once_and_the_rest_on_top_of_it(
     assert "BASE=opencode-server-base:pulled-1" in runtime
     assert f"\nFROM {tag} AS server\n" in builder.texts[1]
     assert builder.texts[1].count("FROM") == 1
-    assert builder.texts[1].count("\n") == builder.texts[0].count("\n"), "a line that an error names is where it says"
+    lines = [text.splitlines() for text in builder.texts]
+    begins = lines[0].index("FROM runtime AS server")
+    assert lines[1][begins + 1 : -2] == lines[0][begins + 1 :], "a line that an error names is where it says"
+    assert lines[1][-1].startswith('LABEL org.opencontainers.image.title="opencode-server" ')
     assert server[server.index("--tag") + 1] == "opencode-server:candidate"
-    assert "org.opencontainers.image.title=opencode-server" in server
     assert record == json.loads((tree / "build" / "build-docker.json").read_text())
     assert (record["id"], record["size"], record["changes"]) == ("e" * 64, 750_000_000, ["the first build here"])
 

@@ -272,14 +272,18 @@ def test_sigterm_must_end_it_within_a_second(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(process, "run", run)
     clock = iter(float(second) for second in range(100))
     monkeypatch.setattr(probes, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda _: None))
-    states = iter([{"Running": True}, {"Running": False}] + [{"Running": True}] * 50)
+    ended = {"Running": False, "FinishedAt": "2026-01-01T00:00:00.123456789Z"}
+    late = {"Running": False, "FinishedAt": "2999-01-01T00:00:00.5+00:00"}
+    up = {"Running": True}
+    states = iter([up, ended, up, up, up, late, up, *[up] * 50])
     alone = inside(lambda _: (0, ""))
     monkeypatch.setattr(Inside, "state", lambda _: next(states))
     subject = Subject(Settings(), Server(""), ENGINE, IMAGE, offline=alone)
     assert ALL["stops"].ask(subject).startswith("ended")
     assert asked == [["/p", "kill", "--signal", "TERM", "n"]]
-    with pytest.raises(Wrong, match="after SIGTERM: something ignores signals as PID 1"):
-        ALL["stops"].ask(subject)
+    for _ in ("ended after two seconds, by the engine's clock too", "never ends"):
+        with pytest.raises(Wrong, match="after SIGTERM: something ignores signals as PID 1"):
+            ALL["stops"].ask(subject)
 
 
 @pytest.mark.parametrize(("states", "code"), [([False], 0), ([True, False], 1)])
