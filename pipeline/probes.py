@@ -311,8 +311,6 @@ PROBES = (
     Probe("skills", "server", skills),
     Probe("closed", "image", closed),
     Probe("health check", "image", healthcheck),
-    Probe("packages", "image", packages),
-    Probe("programs", "image", programs),
     Probe("status", "image", status),
 )
 """Asked of a server that is ready."""
@@ -321,8 +319,10 @@ IMAGE_PROBES = (
     Probe("settings", "image", settings),
     Probe("labels", "image", labelled),
     Probe("secrets", "image", secrets),
+    Probe("packages", "image", packages),
+    Probe("programs", "image", programs),
 )
-"""Asked of the image itself, while its server starts."""
+"""Asked of the image and what is in it, while its server starts."""
 
 OFFLINE_PROBES = (Probe("offline", "offline", offline), Probe("stops", "offline", stops))
 """Asked of a second container, one after the other."""

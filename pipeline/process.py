@@ -24,6 +24,9 @@ GRACE_SECONDS = 10.0
 NOT_A_PROGRAM = (errno.ENOENT, errno.EACCES, errno.ENOEXEC)
 """Not there, not ours to run, or of another architecture."""
 
+_live: set[subprocess.Popen[bytes]] = set()
+"""The children that some thread waits for, each leader of a process group of its own."""
+
 echo = False
 """Whether each command is printed on stderr first; ``inv -e`` sets it."""
 
@@ -89,6 +92,8 @@ def run(
         raise ToolMissing(
             f"{argv[0]} cannot be run: {error.strerror}", f"Install {argv[0]}, or put it on PATH."
         ) from error
+    if not terminal:
+        _live.add(child)
     try:
         if on_line:
             stdout, stderr = _follow(child, on_line, timeout, tail), ""
@@ -98,6 +103,8 @@ def run(
     except BaseException:
         _end(child, group=not terminal)
         raise
+    finally:
+        _live.discard(child)
     return Completed(tuple(argv), child.returncode, stdout, stderr, time.monotonic() - began)
 
 
@@ -150,6 +157,16 @@ def _end(child: subprocess.Popen[bytes], *, group: bool) -> None:
             pipe.close()
 
 
+def kill_all() -> None:
+    """Kill every command that other threads wait for; each of those waits then ends with a negative code."""
+    for child in list(_live):
+        _signal(child, signal.SIGKILL, group=True)
+
+
+class _Signalled(BaseException):
+    """A signal on its way out: no ``except Exception`` of a library may keep it, as one in requests' cookies would."""
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Turn SIGINT, SIGTERM and SIGHUP into ``Interrupted``, so that every ``finally`` and ``with`` runs first.
@@ -157,15 +174,22 @@ def interruptible() -> Iterator[None]:
     A second signal while those run is ignored: they are bounded, and what they remove must be removed.
     """
 
+    received: list[int] = []
+
     def interrupt(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
         for each in handled:
             signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(signal.Signals(number).name, number)
+        raise _Signalled
 
     handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, interrupt) for number in handled}
     try:
-        yield
+        with contextlib.suppress(_Signalled):
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    # Also where the exception was lost on its way, as one that is raised while an object is being deleted is.
+    if received:
+        raise Interrupted(signal.Signals(received[0]).name, received[0])

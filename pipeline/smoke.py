@@ -14,13 +14,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from pipeline import probes
+from pipeline import probes, process
 from pipeline.container import SECRET, Server, remove_leftovers, running, wait_ready
 from pipeline.engine import Engine
 from pipeline.errors import NoSuchImage, PipelineError, SmokeFailed
 from pipeline.image import OURS, now, write_json
 from pipeline.report import fail, megabytes, ok, say, warn, without_credentials
 from pipeline.settings import BUILD, Settings
+
+LEAVING_SECONDS = 5.0
+"""How long what was asked of a container may take to end once the container is gone."""
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What no XML may hold, escaped or not; a log in colour does."""
@@ -99,8 +102,11 @@ def ask_image(settings: Settings, engine: Engine, image: dict[str, Any]) -> tupl
             answers += _ask(probes.PROBES, subject) + about_image.result() + early.result()
         except BaseException:
             # What the other thread waits for ends when its container does, however far it has come.
+            enough = time.monotonic() + LEAVING_SECONDS
             while not wait([early], timeout=0.3).done:
                 remove_leftovers(engine, whose=os.getpid())
+                if time.monotonic() > enough:
+                    process.kill_all()  # podman exec, begun while its container is removed, may wait for ever
             raise
         if any(not answer.passed for answer in answers):
             say(container.logs())

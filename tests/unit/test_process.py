@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -151,3 +153,14 @@ def hang(c):
     assert out == "removed\nas before\n"
     assert err.startswith(f"Interrupted: {number.name} received\n")
     wait_until_ended(child)
+
+
+def test_commands_that_other_threads_wait_for_can_be_killed() -> None:
+    up = threading.Event()
+    stubborn = ["sh", "-c", "trap '' TERM; echo up; sleep 60 & wait"]
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(process.run, stubborn, on_line=lambda _: up.set())
+        assert up.wait(DEADLINE)
+        process.kill_all()
+        assert waiting.result(DEADLINE).code == -signal.SIGKILL
+    assert not process._live
