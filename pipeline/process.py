@@ -173,7 +173,6 @@ def interruptible() -> Iterator[None]:
 
     A second signal while those run is ignored: they are bounded, and what they remove must be removed.
     """
-
     received: list[int] = []
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
