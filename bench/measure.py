@@ -18,7 +18,8 @@ from pipeline import base, ca, process
 from pipeline.container import Server, running, wait_ready
 from pipeline.engine import Engine
 from pipeline.errors import BuildFailed, NoSuchImage, SettingRefused
-from pipeline.image import now, write_json
+from pipeline.image import now
+from pipeline.records import write_json
 from pipeline.report import say, table
 from pipeline.settings import BUILD, ROOT, Settings
 

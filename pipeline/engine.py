@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from pipeline import process
 from pipeline.errors import EngineBroken, NoEngine
+from pipeline.records import read_json, write_json
 from pipeline.settings import BUILD
 
 Name = Literal["podman", "docker"]
@@ -309,18 +310,15 @@ def adapt(engine: Engine) -> Engine:
     if known and replace(known, flags=engine.flags, limits=engine.limits) == engine:
         return known
     proven = prove(engine)
-    record = BUILD / f"engine-{engine.name}.json"
-    record.parent.mkdir(exist_ok=True)
-    draft = record.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps({"circumstances": _circumstances(engine.name), "engine": asdict(proven)}))
-    draft.replace(record)
+    record = {"circumstances": _circumstances(engine.name), "engine": asdict(proven)}
+    write_json(BUILD / f"engine-{engine.name}.json", record)
     return proven
 
 
 def remembered(name: Name) -> Engine | None:
     """Return the engine that was proven here in the same circumstances, or None."""
     try:
-        known = json.loads((BUILD / f"engine-{name}.json").read_text())
+        known = read_json(BUILD / f"engine-{name}.json")
         if known["circumstances"] != _circumstances(name):
             return None
         said = known["engine"]

@@ -26,6 +26,7 @@ from pipeline.errors import (
     PipelineError,
     SettingRefused,
 )
+from pipeline.records import read_json, write_json
 from pipeline.report import console, megabytes, say, table, without_credentials
 from pipeline.settings import BUILD, ROOT, Settings
 
@@ -312,23 +313,6 @@ def now() -> str:
         what = f"SOURCE_DATE_EPOCH={epoch} is no number of seconds since 1970"
         raise SettingRefused(what, "Correct it, or unset it.")
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a record of ours, or nothing where it is missing or torn: it only saves work, and is written again."""
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def write_json(path: Path, record: object) -> None:
-    """Write ``record`` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}.part")
-    draft.write_text(json.dumps(record, indent=1) + "\n")
-    draft.replace(path)
 
 
 def _git(*words: str) -> str:

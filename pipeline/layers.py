@@ -17,7 +17,7 @@ from typing import Any
 from pipeline import ca
 from pipeline.engine import Engine
 from pipeline.errors import DiskFull, EngineBroken
-from pipeline.image import read_json, write_json
+from pipeline.records import read_json, write_json
 from pipeline.settings import BUILD
 
 RULES = "1"

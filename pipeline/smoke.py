@@ -18,7 +18,8 @@ from pipeline import probes, process
 from pipeline.container import SECRET, Server, remove_leftovers, running, wait_ready
 from pipeline.engine import Engine
 from pipeline.errors import NoSuchImage, PipelineError, SmokeFailed
-from pipeline.image import OURS, now, write_json
+from pipeline.image import OURS, now
+from pipeline.records import write_json
 from pipeline.report import fail, megabytes, ok, say, warn, without_credentials
 from pipeline.settings import BUILD, Settings
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import base, ca, image, openagents, process
+from pipeline import base, ca, image, openagents, process, records
 from pipeline.engine import Engine
 from pipeline.errors import (
     BuildFailed,
@@ -300,10 +300,10 @@ def test_labels_with_what_differs_each_time_last(monkeypatch: pytest.MonkeyPatch
 
 def test_a_record_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "build" / "record.json"
-    image.write_json(path, {"a": 1})
+    records.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        image.write_json(path, {"a": object()})
-    assert image.read_json(path) == {"a": 1}
+        records.write_json(path, {"a": object()})
+    assert records.read_json(path) == {"a": 1}
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -312,7 +312,7 @@ def test_a_torn_record_is_as_good_as_none(tmp_path: Path, torn: bytes | None) ->
     path = tmp_path / "record.json"
     if torn is not None:
         path.write_bytes(torn)
-    assert image.read_json(path) == {}
+    assert records.read_json(path) == {}
 
 
 @pytest.mark.parametrize("epoch", ["abc", "-1", "1.5", "0x10"])

@@ -1,0 +1,25 @@
+"""Records that the tasks keep in ``build/``: JSON, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a record of ours, or nothing where it is missing or torn: it only saves work, and is written again."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def write_json(path: Path, record: object) -> None:
+    """Write ``record`` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}.part")
+    draft.write_text(json.dumps(record, indent=1) + "\n")
+    draft.replace(path)
