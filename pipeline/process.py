@@ -163,6 +163,13 @@ def kill_all() -> None:
         _signal(child, signal.SIGKILL, group=True)
 
 
+_received: list[int] = []
+"""The signal that ends this command, once it has come."""
+
+_blocks: list[None] = []
+"""One entry for each ``deferred`` block that the main thread is in: signals are handled in no other."""
+
+
 class _Signalled(BaseException):
     """A signal on its way out: no ``except Exception`` of a library may keep it, as one in requests' cookies would."""
 
@@ -173,13 +180,14 @@ def interruptible() -> Iterator[None]:
 
     A second signal while those run is ignored: they are bounded, and what they remove must be removed.
     """
-    received: list[int] = []
+    _received.clear()
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
+        _received.append(number)
         for each in handled:
             signal.signal(each, signal.SIG_IGN)
-        raise _Signalled
+        if not _blocks:
+            raise _Signalled
 
     handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, interrupt) for number in handled}
@@ -190,5 +198,18 @@ def interruptible() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
     # Also where the exception was lost on its way, as one that is raised while an object is being deleted is.
-    if received:
-        raise Interrupted(signal.Signals(received[0]).name, received[0])
+    if _received:
+        raise Interrupted(signal.Signals(_received[0]).name, _received[0])
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Let a signal wait for the end of this short block: what is begun in it must be in somebody's hands by then."""
+    already = len(_received)
+    _blocks.append(None)
+    try:
+        yield
+    finally:
+        _blocks.pop()
+    if len(_received) > already and not _blocks:
+        raise _Signalled

@@ -9,7 +9,7 @@ import secrets
 import subprocess
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -89,8 +89,10 @@ def ask_image(settings: Settings, engine: Engine, image: dict[str, Any]) -> tupl
     patience = settings.smoke
     password = secrets.token_urlsafe(24)
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(8) as pool:
+        early: Future[list[Answer]] | None = None
         try:
-            early = pool.submit(_with_offline, settings, engine, image)
+            with process.deferred():
+                early = pool.submit(_with_offline, settings, engine, image)
             container = stack.enter_context(
                 running(engine, image["Id"], port=patience.port, password=password, timeout=patience.request_seconds)
             )
@@ -104,7 +106,7 @@ def ask_image(settings: Settings, engine: Engine, image: dict[str, Any]) -> tupl
         except BaseException:
             # What the other thread waits for ends when its container does, however far it has come.
             enough = time.monotonic() + LEAVING_SECONDS
-            while not wait([early], timeout=0.3).done:
+            while early and not wait([early], timeout=0.3).done:
                 remove_leftovers(engine, whose=os.getpid())
                 if time.monotonic() > enough:
                     process.kill_all()  # podman exec, begun while its container is removed, may wait for ever

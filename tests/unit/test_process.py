@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import process
-from pipeline.errors import ToolMissing
+from pipeline.errors import Interrupted, ToolMissing
 from pipeline.settings import ROOT
 
 DEADLINE = 10.0
@@ -153,6 +153,27 @@ def hang(c):
     assert out == "removed\nas before\n"
     assert err.startswith(f"Interrupted: {number.name} received\n")
     wait_until_ended(child)
+
+
+def test_a_signal_waits_for_the_end_of_a_deferring_block() -> None:
+    done: list[str] = []
+
+    @process.interruptible()
+    def begin_something() -> None:
+        try:
+            with process.deferred(), process.deferred():
+                signal.raise_signal(signal.SIGTERM)
+                done.append("begun")
+            done.append("not reached")
+        finally:
+            with process.deferred():  # a signal that was raised is not raised again while things are removed
+                done.append("removed")
+            done.append("to the end")
+
+    with pytest.raises(Interrupted) as caught:
+        begin_something()
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert done == ["begun", "removed", "to the end"]
 
 
 def test_commands_that_other_threads_wait_for_can_be_killed() -> None:
