@@ -92,10 +92,11 @@ Respond = Callable[[str, Mapping[str, str]], Reply]
 
 @contextlib.contextmanager
 def http_server(respond: Respond, *, unix: str = "") -> Iterator[int]:
-    """Serve GET as ``respond`` says and yield the port; 0 when it is the socket at the path ``unix``."""
+    """Serve every method as ``respond`` says and yield the port; 0 when it is the socket at the path ``unix``."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
             status, body = respond(self.path, dict(self.headers))
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
@@ -106,6 +107,8 @@ def http_server(respond: Respond, *, unix: str = "") -> Iterator[int]:
         def log_message(self, *_: object) -> None:
             """Say nothing on the test's stderr."""
 
+    for method in ("POST", "PUT", "PATCH", "DELETE"):
+        setattr(Handler, f"do_{method}", Handler.do_GET)
     tcp = None if unix else ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server = tcp or socketserver.ThreadingUnixStreamServer(unix, Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
