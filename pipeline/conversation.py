@@ -76,12 +76,12 @@ def _text(message: dict[str, Any]) -> str:
 
 
 @contextmanager
-def begun(subject: Subject) -> Iterator[Talk]:
-    """Start the peer, begin a session and listen to the server's events."""
+def begun(subject: Subject, *, agent: bool = True) -> Iterator[Talk]:
+    """Start the peer, as model and as ``agent``; begin a session and listen to the server's events."""
     assert subject.container  # noqa: S101 -- asked only of an image
     container = subject.container
     program = Path(peer.__file__).read_text()
-    ports = map(str, (peer.MODEL, peer.TRACES, peer.OTLP))
+    ports = map(str, (peer.MODEL, *((peer.TRACES, peer.OTLP) if agent else ())))
     argv = container.engine.exec(container.name, "/usr/bin/python3", "-I", "-c", program, *ports, detach=True)
     container.engine.ask(argv, timeout=30)
     talk = Talk(subject.settings, subject.server, subject.engine, subject.image, container)
@@ -170,7 +170,7 @@ def command(talk: Talk) -> str:
 def traced(talk: Talk) -> str:
     """The server's spans and those of a Python it started reach the Agent under DD_SERVICE, DD_ENV and DD_VERSION."""
     wanted = dict(zip(("service.name", "deployment.environment.name", "service.version"), NAMES.values(), strict=True))
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + talk.settings.smoke.ready_seconds
     while not ((got := seen(talk))["resources"] and "sqlite.query" in got["traces"]):
         if time.monotonic() > deadline:
             raise Wrong(f"{len(got['resources'])} batches of the server's spans, and of Python: {got['traces'][:100]}")
