@@ -128,6 +128,43 @@ def smoke(context: Context, url: str = "", image: str = "", engine: str = "", dr
             smoking.smoke(settings, engines.find(settings.engine), image, dry_run=dry_run)
 
 
+@task(
+    help={
+        "image": "another image than opencode-server:candidate",
+        "sbom": "also the SPDX bill of materials, which takes a quarter of a minute",
+        "engine": ENGINE["engine"],
+    }
+)
+def contents(context: Context, image: str = "", sbom: bool = True, engine: str = "") -> None:
+    """Say what is inside an image, and what is known against it: packages, SPDX, advisories."""
+    from pipeline import contents as inside
+    from pipeline import engine as engines
+
+    with _settings(context, engine) as settings:
+        inside.contents(settings, engines.find(settings.engine), image, sbom=sbom)
+
+
+@task(
+    help={
+        "before": "an image; otherwise opencode-server:latest",
+        "after": "an image; otherwise opencode-server:candidate",
+        "files": "name every file that differs",
+        "same": "fail unless content and settings are the same",
+        "engine": ENGINE["engine"],
+    },
+    optional=(),
+)
+def diff(
+    context: Context, before: str = "", after: str = "", files: bool = False, same: bool = False, engine: str = ""
+) -> None:
+    """Say on one screen what changed between two images: versions, sizes, files, settings."""
+    from pipeline import diff as differences
+    from pipeline import engine as engines
+
+    with _settings(context, engine) as settings:
+        differences.diff(settings, engines.find(settings.engine), before, after, files=files, same=same)
+
+
 @task
 def lint(context: Context) -> None:
     """Check with ruff, mypy --strict, hadolint and shellcheck."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import process
-from pipeline.errors import EngineBroken, NoEngine
+from pipeline.errors import DiskFull, EngineBroken, NoEngine
 from pipeline.records import read_json, write_json
 from pipeline.settings import BUILD
 
@@ -110,11 +110,13 @@ class Engine:
         publish: str = "",
         network: str = "",
         labels: Mapping[str, str] | None = None,
+        extra: Sequence[str] = (),
         keep: bool = True,
     ) -> list[str]:
         """Start a container in the background; ``keep=False`` waits for it and removes it.
 
         ``env`` holds names only, or name=value for what is no secret: a value on the command line shows in ``ps``.
+        ``extra`` are flags that both engines have.
         """
         words = ["run", "--name", name, *self.limits]
         words.append("--detach" if keep else "--rm")
@@ -126,7 +128,7 @@ class Engine:
             words += ["--network", network]
         for key, value in (labels or {}).items():
             words += ["--label", f"{key}={value}"]
-        return self.argv(*words, image, *command)
+        return self.argv(*words, *extra, image, *command)
 
     def exec(self, container: str, *command: str, env: Sequence[str] = ()) -> list[str]:
         """Run a command in a running container."""
@@ -190,6 +192,13 @@ class Engine:
         """Return what ``image inspect`` says of an image, or None when there is no such image here."""
         done = self.ask(self.argv("image", "inspect", reference))
         return json.loads(done.stdout)[0] if done.ok else None
+
+    def save(self, image: str, archive: Path) -> None:
+        """Write an image out as docker's archive: its size, of ours 0.8 GB. Raises DiskFull, EngineBroken."""
+        done = self.ask(self.argv("save", "--output", str(archive), image))
+        if not done.ok:
+            failure = DiskFull if "no space left" in done.said.lower() else EngineBroken
+            raise failure(f"{self.name} cannot write the image out to look into it", "See what it said.", done.said)
 
     def tag(self, source: str, *names: str) -> None:
         """Give an image more names. Raises EngineBroken."""

@@ -16,7 +16,6 @@ from typing import Any
 
 from pipeline import ca
 from pipeline.engine import Engine
-from pipeline.errors import DiskFull, EngineBroken
 from pipeline.records import read_json, write_json
 from pipeline.settings import BUILD
 
@@ -129,10 +128,7 @@ def _look_at(engine: Engine, image: dict[str, Any], wanted: set[str]) -> Iterato
     # It is 0.8 GB, and /tmp may be in memory.
     with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:
         archive = Path(scratch) / "image.tar"
-        done = engine.ask(engine.argv("save", "--output", str(archive), image["Id"]))
-        if not done.ok:
-            failure = DiskFull if "no space left" in done.said.lower() else EngineBroken
-            raise failure(f"{engine.name} cannot write the image out to look into it", "See what it said.", done.said)
+        engine.save(image["Id"], archive)
         with tarfile.open(archive) as outer:
             manifest = outer.extractfile("manifest.json")
             assert manifest is not None  # noqa: S101 -- `save` always writes one
