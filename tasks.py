@@ -76,7 +76,7 @@ def fetch(
         if not dry_run:
             authorities.stage(settings.ca)
         try:
-            found = engines.find(settings.engine)
+            found = engines.find(settings.engine, settings.platform)
         except (NoEngine, EngineBroken):
             say("base: waits for an engine; inv setup installs one")
         else:
@@ -90,7 +90,7 @@ def base(context: Context, engine: str = "", dry_run: bool = False) -> None:
     from pipeline import engine as engines
 
     with _settings(context, engine) as settings:
-        images.ensure(engines.find(settings.engine), settings, dry_run=dry_run)
+        images.ensure(engines.find(settings.engine, settings.platform), settings, dry_run=dry_run)
 
 
 @task(
@@ -106,7 +106,7 @@ def build(context: Context, engine: str = "", ca: str = "", no_cache: bool = Fal
     from pipeline import image
 
     with _settings(context, engine, ca) as settings:
-        image.build(settings, engines.find(settings.engine), cache=not no_cache, dry_run=dry_run)
+        image.build(settings, engines.find(settings.engine, settings.platform), cache=not no_cache, dry_run=dry_run)
 
 
 @task(

@@ -64,7 +64,7 @@ def known(url: str, packages: list[Package], seconds: float) -> list[Advisory]:
             answers = ask("POST", "/v1/querybatch", {"queries": [_query(*each) for each in now]})["results"]
             for (package, _), answer in zip(now, answers, strict=True):
                 hits |= {(package, each["id"]) for each in answer.get("vulns", [])}
-                waiting += [(package, answer["next_page_token"])] * ("next_page_token" in answer)
+                waiting += [(package, answer["next_page_token"])] if "next_page_token" in answer else []
         ids = sorted({each for _, each in hits})
         told = dict(zip(ids, pool.map(lambda each: ask("GET", f"/v1/vulns/{each}"), ids), strict=True))
     return [_advisory(package, told[each]) for package, each in sorted(hits) if "withdrawn" not in told[each]]

@@ -18,6 +18,8 @@ from pipeline.settings import BUILD, Settings
 ROWS = 12
 """How many lines each part may have, so that all fit on a screen."""
 
+CREATED = "label org.opencontainers.image.created"
+
 ASPECTS = ("mode", "owner", "size", "time", "content")
 """What the inventory says of a file, in its order."""
 
@@ -30,12 +32,12 @@ class Difference:
     settings: list[tuple[str, ...]] = field(default_factory=list)
     packages: list[tuple[str, str, str, int]] = field(default_factory=list)
     files: dict[str, tuple[str, int]] = field(default_factory=dict)
-    times: int = 0
+    times: list[str] = field(default_factory=list)
 
     @property
     def same(self) -> bool:
-        """Whether content and settings are the same; the times of files may differ."""
-        return not (self.settings or self.packages or self.files)
+        """Whether content and settings are the same; times may differ: of files, and when each was made."""
+        return not (self.packages or self.files or any(name != CREATED for name, *_ in self.settings))
 
 
 def settings_of(image: dict[str, Any]) -> dict[str, str]:
@@ -66,12 +68,12 @@ def compare(before: dict[str, Any], after: dict[str, Any], was: dict[str, Any], 
             first, second = old.get(name, ["", 0]), new.get(name, ["", 0])
             if first[0] != second[0]:
                 packages.append((f"{kind} {name}", first[0], second[0], second[1] - first[1]))
-    files, times = {}, 0
+    files, times = {}, []
     for path in sorted({*was["files"], *now["files"]}):
         one, other = was["files"].get(path), now["files"].get(path)
         if one and other:
             aspects = [aspect for aspect, old, new in zip(ASPECTS, one, other, strict=True) if old != new]
-            times += "time" in aspects
+            times += [path] * ("time" in aspects)
             if what := ", ".join(aspect for aspect in aspects if aspect not in {"time", "size"}):
                 files[path] = what, other[2] - one[2]
         else:
@@ -103,14 +105,11 @@ def show(found: Difference, before: str, after: str, *, every: bool = False) -> 
     """Print it: on one screen, or with ``every`` file."""
     grown = found.size[1] - found.size[0]
     say(f"diff: {before} {megabytes(found.size[0])} -> {after} {megabytes(found.size[1])} ({grown / 1e6:+.1f} MB)")
-    if found.same:
-        say(f"the same content and settings; {found.times} files differ in their times")
-        return
     _part("settings", ("setting", "was", "is"), [tuple(cell[:60] for cell in row) for row in found.settings])
     largest = sorted(found.packages, key=lambda row: -abs(row[3]))
     _part("packages", ("package", "was", "is", "MB"), [(*row[:3], f"{row[3] / 1e6:+.1f}") for row in largest])
     if every:
-        for path, (what, size) in found.files.items():
+        for path, (what, size) in [*found.files.items(), *((path, ("time", 0)) for path in found.times)]:
             say(f"{what:8} {size:+10,d}  {path}")
     else:
         where: dict[str, Counter[str]] = {}
@@ -123,7 +122,8 @@ def show(found: Difference, before: str, after: str, *, every: bool = False) -> 
             (path, *(str(n[key]) for key in ("new", "gone", "changed")), f"{n['bytes'] / 1e6:+.2f}") for path, n in rows
         ]
         _part(f"{len(found.files)} files; --files names them", ("where", "new", "gone", "changed", "MB"), cells)
-    say(f"{found.times} files differ in their times" if found.times else "no file differs in its time")
+    same = "the same content and settings; " if found.same else ""
+    say(f"{same}{len(found.times)} files differ in their times")
 
 
 def _part(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -43,7 +43,8 @@ class Engine:
     """An engine that answers, with the flags it needs on this machine.
 
     ``store`` is the directory of its images, empty when that is on another machine or not ours to read.
-    ``flags`` go before the sub-command, ``limits`` on each ``run`` and ``build``.
+    ``flags`` go before the sub-command, ``limits`` on each ``run`` and ``build``. ``platform`` is what is built for, as
+    in linux/arm64; empty is this machine's.
     """
 
     name: Name
@@ -53,6 +54,7 @@ class Engine:
     flags: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
     buildkit: bool = False
+    platform: str = ""
 
     @property
     def podman(self) -> bool:
@@ -99,7 +101,7 @@ class Engine:
             words += ["--format", "docker", "--jobs", "4", *self.limits]
         elif self.buildkit:
             words += ["--progress", "plain"]
-        return self.argv(*words, str(context))
+        return self.argv(*words, *self._for_platform(), str(context))
 
     def run(
         self,
@@ -137,6 +139,10 @@ class Engine:
     def import_(self, tar: Path, tag: str, changes: Sequence[str] = ()) -> list[str]:
         """Make an image of one layer out of a root filesystem."""
         words = [word for change in changes for word in ("--change", change)]
+        if self.platform and self.podman:
+            words += ["--os", "linux", "--arch", self.platform.rpartition("/")[2]]
+        elif self.platform:
+            words += self._for_platform()
         return self.argv("import", *words, str(tar), self.local(tag))
 
     def pull(self, reference: str) -> list[str]:
@@ -145,9 +151,12 @@ class Engine:
         A registry on loopback may speak plain HTTP, as docker allows it by itself.
         """
         if not self.podman:
-            return self.argv("pull", reference)
+            return self.argv("pull", *self._for_platform(), reference)
         plain = ["--tls-verify=false"] if reference.startswith(("127.0.0.1:", "localhost:")) else []
-        return self.argv("pull", *plain, f"docker://{reference}")
+        return self.argv("pull", *plain, *self._for_platform(), f"docker://{reference}")
+
+    def _for_platform(self) -> list[str]:
+        return ["--platform", self.platform] if self.platform else []
 
     def remove_container(self, name: str) -> list[str]:
         """Remove a container with its anonymous volumes, running or not, without waiting for it to end."""
@@ -208,10 +217,11 @@ class Engine:
                 raise EngineBroken(f"{self.name} cannot tag {source} as {name}", "See what it said.", done.said)
 
 
-def find(setting: str = "auto") -> Engine:
+def find(setting: str = "auto", platform: str = "") -> Engine:
     """Return the engine that ``setting`` (auto, podman or docker) names, with the flags it needs here.
 
-    Raises NoEngine when none answers, EngineBroken when one answers but can start no container.
+    It builds for ``platform``, or for this machine's own. Raises NoEngine when none answers, EngineBroken when one
+    answers but can start no container.
     """
     names: list[Name] = ["podman", "docker"] if setting == "auto" else [setting]  # type: ignore[list-item]
     why, broken = [], None
@@ -219,12 +229,12 @@ def find(setting: str = "auto") -> Engine:
         # A podman on this machine needs no daemon: what was proven holds. A daemon has to be asked each time.
         known = remembered(name) if name == "podman" else None
         if known and known.store:
-            return known
+            return replace(known, platform=platform)
         found, reasons = look(name)
         why += reasons
         if found:
             try:
-                return adapt(found)
+                return replace(adapt(found), platform=platform)
             except EngineBroken as error:
                 broken = broken or error
     if broken:
