@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import contents, diff, process
+from pipeline import contents, diff, host, process
 from pipeline.engine import Engine
 from pipeline.errors import ContentsUnreadable, DiskFull, NoSuchImage, NotTheSame, PipelineError, SbomFailed
 from pipeline.settings import Settings
@@ -38,7 +38,7 @@ class Images:
     """Stands for process.run: images by name, and what each says when it is looked into."""
 
     def __init__(self, **images: dict[str, Any]) -> None:
-        self.images, self.inside = images, {name: INSIDE for name in images}
+        self.images, self.inside = images, dict.fromkeys(images, INSIDE)
         self.looked: list[list[str]] = []
         self.failing: dict[str, str] = {}
 
@@ -62,7 +62,7 @@ class Images:
 def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Images]:
     monkeypatch.setattr(contents, "BUILD", tmp_path)
     monkeypatch.setattr(diff, "BUILD", tmp_path)
-    monkeypatch.setattr(contents.host, "ensure_dev_tools", lambda: None)
+    monkeypatch.setattr(host, "ensure_dev_tools", lambda: None)
 
     def images(**images: dict[str, Any]) -> Images:
         made = Images(**images)
@@ -221,8 +221,8 @@ def test_every_file_is_named_when_asked(capsys: pytest.CaptureFixture[str]) -> N
     diff.show(found, "a", "b", every=True)
     out = capsys.readouterr().out
     assert [line.split() for line in out.splitlines()[1:3]] == [
-        ["new", "+1,000", "/opt/0"],
-        ["new", "+1,000", "/opt/1"],
+        ["new", "+1,000", "/opt/venv/0"],
+        ["new", "+1,000", "/opt/venv/1"],
     ]
     assert "time             +0  /opt\n" in out
     assert "1 files differ in their times" in out
