@@ -85,7 +85,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], was: dict[str, Any], 
 def diff(
     settings: Settings, engine: Engine, before: str, after: str, *, files: bool = False, same: bool = False
 ) -> None:
-    """Say what changed from the image ``before`` to ``after``, tags of ours or others, and each of the ``files`` if asked.
+    """Say what changed from the image ``before`` to ``after``, each a name or a tag of ours; with ``files``, name each.
 
     All of it is written to ``build/diff.json``. Raises NoSuchImage, ContentsUnreadable, and, where they should be the
     ``same`` and are not, NotTheSame.
