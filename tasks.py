@@ -131,13 +131,7 @@ def smoke(
             smoking.smoke(settings, engines.find(settings.engine), image, deep=deep, dry_run=dry_run)
 
 
-@task(
-    help={
-        "image": "another image than opencode-server:candidate",
-        "sbom": "also the SPDX bill of materials, which takes a quarter of a minute",
-        "engine": ENGINE["engine"],
-    }
-)
+@task(help={"image": "another than the candidate", "sbom": "also SPDX, which takes 17 s", "engine": ENGINE["engine"]})
 def contents(context: Context, image: str = "", sbom: bool = True, engine: str = "") -> None:
     """Say what is inside an image, and what is known against it: packages, SPDX, advisories."""
     from pipeline import contents as inside
@@ -149,17 +143,14 @@ def contents(context: Context, image: str = "", sbom: bool = True, engine: str =
 
 @task(
     help={
-        "before": "an image; otherwise opencode-server:latest",
-        "after": "an image; otherwise opencode-server:candidate",
+        "before": "an image, or a tag of ours: latest",
+        "after": "another: candidate",
         "files": "name every file that differs",
         "same": "fail unless content and settings are the same",
         "engine": ENGINE["engine"],
-    },
-    optional=(),
+    }
 )
-def diff(
-    context: Context, before: str = "", after: str = "", files: bool = False, same: bool = False, engine: str = ""
-) -> None:
+def diff(context: Context, before: str, after: str, files: bool = False, same: bool = False, engine: str = "") -> None:
     """Say on one screen what changed between two images: versions, sizes, files, settings."""
     from pipeline import diff as differences
     from pipeline import engine as engines

@@ -23,7 +23,7 @@ from pipeline.errors import BaseUnavailable, DiskFull, LockBroken, NotWritable
 from pipeline.report import say, warn
 from pipeline.settings import ROOT, Settings
 
-RECIPE = "2"
+RECIPE = "3"
 """Raised when what ``make`` does changes, so that an image made by the older recipe is not taken for this one."""
 
 MERGED_USR = Path("/usr/share/mmdebstrap/hooks/merged-usr")

@@ -25,9 +25,10 @@ INVENTORY = Path(__file__).with_name("inventory.py").read_text()
 RUNS = re.compile(r"(?mi)^\s*RUN\s")
 
 
-def find(engine: Engine, reference: str) -> dict[str, Any]:
-    """Return the inspection of an image. Raises NoSuchImage."""
-    image = engine.image(reference) or engine.image(engine.local(reference))
+def find(engine: Engine, reference: str, ours: str = "") -> dict[str, Any]:
+    """Return the inspection of an image; a bare word may be a tag of the image ``ours``. Raises NoSuchImage."""
+    names = [f"{ours}:{reference}"] if ours and not re.search("[:/@]", reference) else []
+    image = next((found for name in (*names, reference) if (found := engine.image(engine.local(name)))), None)
     if image is None:
         raise NoSuchImage(f"{engine.name} has no image {reference}", "Build it (inv fetch build), or name another.")
     return image
@@ -89,7 +90,7 @@ def contents(settings: Settings, engine: Engine, reference: str = "", *, sbom: b
     Writes the manifest, the bill of materials and the advisories to ``build/``. Raises NoSuchImage, ContentsUnreadable,
     SbomFailed, DiskFull, ToolMissing.
     """
-    image = find(engine, reference or f"{settings.image}:candidate")
+    image = find(engine, reference or "candidate", settings.image)
     said = manifest(engine, image, look(engine, image))
     BUILD.mkdir(exist_ok=True)
     write_json(BUILD / "contents.json", said)

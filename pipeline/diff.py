@@ -85,20 +85,19 @@ def compare(before: dict[str, Any], after: dict[str, Any], was: dict[str, Any], 
 def diff(
     settings: Settings, engine: Engine, before: str, after: str, *, files: bool = False, same: bool = False
 ) -> None:
-    """Say what changed from ``before`` (else latest) to ``after`` (else the candidate), and every one of the ``files``.
+    """Say what changed from the image ``before`` to ``after``, each a name or a tag of ours; with ``files``, name each.
 
     All of it is written to ``build/diff.json``. Raises NoSuchImage, ContentsUnreadable, and, where they should be the
     ``same`` and are not, NotTheSame.
     """
-    names = before or f"{settings.image}:latest", after or f"{settings.image}:candidate"
-    images = [contents.find(engine, name) for name in names]
+    images = [contents.find(engine, name, settings.image) for name in (before, after)]
     with ThreadPoolExecutor() as pool:
         inside = list(pool.map(lambda image: contents.look(engine, image, files=True), images))
     found = compare(*images, *inside)
     write_json(BUILD / "diff.json", vars(found))
-    show(found, *names, every=files)
+    show(found, before, after, every=files)
     if same and not found.same:
-        raise NotTheSame(f"{names[0]} and {names[1]} differ", "It is said above; all of it is in build/diff.json.")
+        raise NotTheSame(f"{before} and {after} differ", "It is said above; all of it is in build/diff.json.")
 
 
 def show(found: Difference, before: str, after: str, *, every: bool = False) -> None:

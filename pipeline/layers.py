@@ -28,30 +28,31 @@ SECRET_NAMES = re.compile(
     r"|\.kube/config|\.aws/credentials|rclone\.conf|gh/hosts\.yml|share/opencode/auth\.json|npm-debug\.log|pip\.log"
     r"|root/(?:\.npm/_logs|\.npm/_cacache|\.cache/(?:pip|uv)|\.aws))$"
 )
-SECRET_TEXT = {
-    b"PRIVATE KEY-----": re.compile(rb"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----(?:\s|\\n)+[A-Za-z0-9+/=]{40}"),
-    **{b"%s" % kind: re.compile(rb"\b%s(?![A-Z0-9]*EXAMPLE)[A-Z0-9]{16}\b" % kind) for kind in (b"AKIA", b"ASIA")},
-    **{b"gh%c_" % kind: re.compile(rb"\bgh%c_[A-Za-z0-9]{36}\b" % kind) for kind in b"pousr"},
-    b"github_pat_": re.compile(rb"\bgithub_pat_[A-Za-z0-9_]{60,}"),
-    b"glpat-": re.compile(rb"\bglpat-[A-Za-z0-9_-]{20}"),
-    b"npm_": re.compile(rb"\bnpm_[A-Za-z0-9]{36}\b"),
+_SHAPES: dict[bytes, bytes] = {
+    b"PRIVATE KEY-----": rb"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----(?:\s|\\n)+[A-Za-z0-9+/=]{40}",
+    **{kind: rb"\b%s(?![A-Z0-9]*EXAMPLE)[A-Z0-9]{16}\b" % kind for kind in (b"AKIA", b"ASIA")},  # AWS
+    **{b"gh%c_" % kind: rb"\bgh%c_[A-Za-z0-9]{36}\b" % kind for kind in b"pousr"},
+    b"github_pat_": rb"\bgithub_pat_[A-Za-z0-9_]{60,}",
+    b"glpat-": rb"\bglpat-[A-Za-z0-9_-]{20}",
+    b"npm_": rb"\bnpm_[A-Za-z0-9]{36}\b",
+    **{b"sk-%s-" % kind: rb"\bsk-%s-[A-Za-z0-9_-]{32,}" % kind for kind in (b"proj", b"svcacct", b"ant", b"or")},
+    b"T3BlbkFJ": rb"\bsk-[A-Za-z0-9_-]{20,}T3BlbkFJ[A-Za-z0-9_-]{20}",  # the word OpenAI in base64, in its older keys
+    b"AIza": rb"\bAIza[A-Za-z0-9_-]{35}(?![\w-])",  # Google
+    b"K00": rb"(?<![\w+/=])K00\d[A-Za-z0-9+/]{27}(?![\w+/=])",  # Backblaze B2
+    b".eyJ": rb"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{20,}",  # a JWT
     **{
-        b"sk-%s-" % kind: re.compile(rb"\bsk-%s-[A-Za-z0-9_-]{32,}" % kind)
-        for kind in (b"proj", b"svcacct", b"ant", b"or")
+        name: rb"\b%s[\"']?[ \t]*[=:][ \t]*[\"']?[0-9A-Za-z/+]{32,}" % name
+        for name in (b"DD_API_KEY", b"DD_APP_KEY", b"AWS_SECRET_ACCESS_KEY", b"aws_secret_access_key")
     },
-    b"T3BlbkFJ": re.compile(
-        rb"\bsk-[A-Za-z0-9_-]{20,}T3BlbkFJ[A-Za-z0-9_-]{20}"
-    ),  # OpenAI, in base64: each of its keys
-    b"AIza": re.compile(rb"\bAIza[A-Za-z0-9_-]{35}\b"),
-    b"K00": re.compile(rb"(?<![\w+/=])K00\d[A-Za-z0-9+/]{27}(?![\w+/=])"),  # Backblaze B2's application keys
-    b".eyJ": re.compile(rb"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{20,}"),  # a JWT
 }
+SECRET_TEXT = {part: re.compile(shape) for part, shape in _SHAPES.items()}
 """What a secret looks like, by a part that is quick to search for: a layer holds hundreds of megabytes of text."""
 
 ASSIGNED = re.compile(
-    rb"(?i)([\w.-]*(?:_key|api-?key|token|secret|passw(?:or)?d|credentials?))[\"']?\s*[=:]\s*[\"']?([^\s\"'`$<>{}()\[\],;]+)"
+    rb"(?i)(?<![\w.-])([\w.-]{0,60}(?:_key|api-?key|token|secret|passw(?:or)?d|credentials?))[\"']?"
+    rb"[ \t]*[=:][ \t]*[\"']?([^\s\"'`$<>{}()\[\],;]{1,300})"
 )
-"""A name that says that its value is a secret, and the value, where that is no variable's name."""
+"""A name that says that its value is a secret, and the value, unless it is a reference to another place."""
 
 RANDOM = re.compile(rb"(?=(?:.*\d){3})(?=.*[A-Za-z])[\w+/=~-]{16,}")
 """A value that nobody would write by hand. In code and prose ``token = `` has other ends as well."""

@@ -85,7 +85,7 @@ def test_diff_says_what_changed_on_one_screen(built: Built) -> None:
         "RUN rm -r /opt/venv/lib/python3*/site-packages/redis*",
         "RUN touch --date=@0 /etc/fstab && chown 1 /etc/profile",
     )
-    done = built.inv("diff", "--before", built.reference, "--after", other, "--same")
+    done = built.inv("diff", built.reference, other, "--same")
     done.failed("NotTheSame", 38, "differ")
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert len(lines) < 50
@@ -130,4 +130,4 @@ def test_an_image_without_python_cannot_be_looked_into(built: Built) -> None:
 
 
 def test_an_image_that_is_not_here(built: Built) -> None:
-    built.inv("diff", "--before", "no-such-image:1").failed("NoSuchImage", 40, "no-such-image:1")
+    built.inv("diff", "candidate", "no-such-image:1").failed("NoSuchImage", 40, "no-such-image:1")

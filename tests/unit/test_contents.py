@@ -92,7 +92,14 @@ def test_one_that_cannot_be_looked_into_is_named(use: Callable[..., Images]) -> 
     with pytest.raises(ContentsUnreadable, match="docker cannot look into sha256:i"):
         contents.look(ENGINE, image("a"))
     with pytest.raises(NoSuchImage, match="docker has no image nobody"):
-        contents.find(ENGINE, "nobody")
+        contents.find(ENGINE, "nobody", "opencode-server")
+
+
+def test_a_bare_word_is_a_tag_of_ours_before_it_is_another_image(use: Callable[..., Images]) -> None:
+    use(**{"ours:one": image("a", name="ours"), "one": image("a", name="another"), "two": image("a", name="two")})
+    assert [contents.find(ENGINE, word, "ours")["Id"][7:] for word in ("one", "two", "one:latest")] == [
+        *("ours", "two", "another")
+    ]
 
 
 def test_each_build_writes_a_manifest_and_looks_only_at_what_is_new(use: Callable[..., Images], tmp_path: Path) -> None:
