@@ -308,7 +308,7 @@ def test_a_podman_that_was_proven_is_not_asked_again_and_a_new_one_is(
         return Engine("podman", str(podman), "4.3.1", store="/store"), []
 
     monkeypatch.setattr(engines, "look", look)
-    assert find("auto", "linux/arm64") == replace(find(), platform="linux/arm64"), "no platform is remembered"
+    assert replace(find(), platform="linux/arm64") == find("auto", "linux/arm64"), "no platform is remembered"
     assert find() == find() == Engine("podman", str(podman), "4.3.1", store="/store", flags=("--runtime", "runc"))
     assert asked == ["podman"]
     monkeypatch.setenv("CONTAINERS_STORAGE_CONF", "/other")
