@@ -231,7 +231,10 @@ def make_tar(lock: Lock, settings: Settings, tar: Path) -> None:
             done = process.run(debian_argv(lock, settings.base.debian_mirror, node, draft), env=env)
             _raise_if_full(done)
             if not done.ok:
-                raise BaseUnavailable("mmdebstrap failed", "inv doctor says whether Debian answers.", done.said)
+                foreign = architecture(lock.platform) != architecture()
+                emulation = f"{lock.platform} needs qemu-user-static, arch-test, and binfmt_misc mounted."
+                remedy = emulation if foreign else "inv doctor says whether Debian answers."
+                raise BaseUnavailable("mmdebstrap failed", remedy, done.said)
             draft.replace(tar)
         finally:
             draft.unlink(missing_ok=True)
