@@ -231,7 +231,10 @@ def make_tar(lock: Lock, settings: Settings, tar: Path) -> None:
             done = process.run(debian_argv(lock, settings.base.debian_mirror, node, draft), env=env)
             _raise_if_full(done)
             if not done.ok:
-                raise BaseUnavailable("mmdebstrap failed", "inv doctor says whether Debian answers.", done.said)
+                foreign = architecture(lock.platform) != architecture()
+                emulation = f"{lock.platform} needs qemu-user-static, arch-test, and binfmt_misc mounted."
+                remedy = emulation if foreign else "inv doctor says whether Debian answers."
+                raise BaseUnavailable("mmdebstrap failed", remedy, done.said)
             draft.replace(tar)
         finally:
             draft.unlink(missing_ok=True)
@@ -241,9 +244,9 @@ def debian_argv(lock: Lock, mirror: str, node: Path, output: Path) -> list[str]:
     """Return the mmdebstrap call: what debian:slim leaves out is left out, ``node`` goes to /, its user is made."""
     excluded = ("doc/*", "man/*", "locale/*", "groff/*", "info/*", "lintian/*", "linda/*")
     argv = ["mmdebstrap", "--quiet", "--variant=minbase", "--format=tar", "--include=libstdc++6"]
-    argv += [f"--hook-dir={MERGED_USR}"]
     if architecture(lock.platform) != architecture():  # Debian's programs then run under qemu-user
         argv.append(f"--architectures={lock.platform.rpartition('/')[2]}")
+    argv += [f"--hook-dir={MERGED_USR}"]
     argv += [f"--dpkgopt=path-exclude=/usr/share/{path}" for path in excluded]
     argv += ["--dpkgopt=path-include=/usr/share/doc/*/copyright"]
     argv += ['--aptopt=Acquire::Languages "none"', '--aptopt=Apt::AutoRemove::SuggestsImportant "false"']

@@ -202,7 +202,7 @@ def running(
         publish="" if network else f"127.0.0.1:{port or ''}:{PORT}",
         network=network,
         labels={PREFIX: _here()},
-        extra=["--volume", STATE, "--volume", WORK],
+        volumes=[STATE, WORK],
     )
     try:
         done = engine.ask(argv, timeout=120, env={SECRET: password} if password else None)

@@ -50,9 +50,8 @@ class Engine:
 
     ``store`` is the directory of its images, empty when that is on another machine or not ours to read.
     ``flags`` go before the sub-command, ``limits`` on each ``run`` and ``build``. ``rootless``: root in a container is
-    the user here. ``bounded``: it can bound what a container takes.
-    ``flags`` go before the sub-command, ``limits`` on each ``run`` and ``build``. ``platform`` is what is built for, as
-    in linux/arm64; empty is this machine's.
+    the user here. ``bounded``: it can bound what a container takes. ``platform`` is what is built
+    for, as in linux/arm64; empty is this machine's.
     """
 
     name: Name
@@ -129,13 +128,12 @@ class Engine:
         publish: str = "",
         network: str = "",
         labels: Mapping[str, str] | None = None,
-        extra: Sequence[str] = (),
+        volumes: Sequence[str] = (),
         keep: bool = True,
     ) -> list[str]:
         """Start a hardened container in the background; ``keep=False`` waits for it and removes it.
 
         ``env`` holds names only, or name=value for what is no secret: a value on the command line shows in ``ps``.
-        ``extra`` are flags that both engines have.
         """
         words = ["run", "--name", name, *self.limits, *self.hardened]
         words.append("--detach" if keep else "--rm")
@@ -147,7 +145,9 @@ class Engine:
             words += ["--network", network]
         for key, value in (labels or {}).items():
             words += ["--label", f"{key}={value}"]
-        return self.argv(*words, *extra, image, *command)
+        for volume in volumes:
+            words += ["--volume", volume]
+        return self.argv(*words, image, *command)
 
     def exec(self, container: str, *command: str, env: Sequence[str] = (), detach: bool = False) -> list[str]:
         """Run a command in a running container; ``detach`` does not wait for it."""

@@ -48,7 +48,10 @@ def told(name: str, ecosystem: str, package: str, *fixes: str, **more: Any) -> d
         "package": {"ecosystem": ecosystem, "name": package},
         "ranges": [{"type": "GIT", "events": [{"fixed": "9"}]}],
     }
-    other = {"package": {"ecosystem": "Debian:13", "name": package}, "ranges": affected["ranges"]}
+    other = {
+        "package": {"ecosystem": "Debian:13", "name": package},
+        "ranges": [{"type": "ECOSYSTEM", "events": [{"fixed": "99"}]}],
+    }
     return {"id": name, "summary": f"{package} is wrong", "affected": [git, other, affected], **more}
 
 

@@ -448,4 +448,9 @@ def test_making_it_needs_mmdebstrap_and_leaves_no_half_a_tar(tmp_path: Path, mon
     with pytest.raises(BaseUnavailable, match="mmdebstrap failed") as caught:
         base.make_tar(LOCK, settings(), tar)
     assert caught.value.details == "E: cannot reach the mirror"
+    assert caught.value.remedy == "inv doctor says whether Debian answers."
+    other = "linux/amd64" if platform.machine() == "aarch64" else "linux/arm64"
+    with pytest.raises(BaseUnavailable) as caught:
+        base.make_tar(replace(LOCK, platform=other), settings(), tar)
+    assert caught.value.remedy == f"{other} needs qemu-user-static, arch-test, and binfmt_misc mounted."
     assert list(tmp_path.iterdir()) == []

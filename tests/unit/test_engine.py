@@ -133,7 +133,7 @@ def test_run_and_exec() -> None:
     user, bounds = ["--user", "1000:1000"], ["--memory", "4g", "--pids-limit", "1024"]
     podman_run = ["/p", "--runtime", "runc", "run", "--name", "n", "--ulimit", "nproc=9:9", *hardened, *user, *bounds]
     volumes = ["--volume", "/state", "--volume", "v:/work"]
-    run = PODMAN.run("i", "-c", "true", **whole, extra=volumes)  # type: ignore[arg-type]
+    run = PODMAN.run("i", "-c", "true", **whole, volumes=["/state", "v:/work"])  # type: ignore[arg-type]
     assert run == [*podman_run, "--detach", *options, *volumes, "i", "-c", "true"]
     assert DOCKER.run("i", name="n", keep=False) == ["/d", "run", "--name", "n", *hardened, *user, *bounds, "--rm", "i"]
     rootless = replace(DOCKER, rootless=True, bounded=False)
@@ -308,7 +308,7 @@ def test_a_podman_that_was_proven_is_not_asked_again_and_a_new_one_is(
         return Engine("podman", str(podman), "4.3.1", store="/store"), []
 
     monkeypatch.setattr(engines, "look", look)
-    assert find("auto", "linux/arm64") == replace(find(), platform="linux/arm64"), "no platform is remembered"
+    assert replace(find(), platform="linux/arm64") == find("auto", "linux/arm64"), "no platform is remembered"
     assert find() == find() == Engine("podman", str(podman), "4.3.1", store="/store", flags=("--runtime", "runc"))
     assert asked == ["podman"]
     monkeypatch.setenv("CONTAINERS_STORAGE_CONF", "/other")
