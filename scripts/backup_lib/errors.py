@@ -121,6 +121,12 @@ class TargetInUse(Failure):
     code = 52
 
 
+class TargetTooSmall(Failure):
+    """The target's maxmemory is less than what was copied: it would throw data away."""
+
+    code = 55
+
+
 class RestoreFailed(Failure):
     """The restore failed; the target is as it was before."""
 

@@ -166,3 +166,38 @@ def put_file(path: Path, mode: int, content: bytes) -> None:
     except BaseException:
         Path(draft).unlink(missing_ok=True)
         raise
+
+
+def same_pages(one: Path, other: Path) -> bool:
+    """Say whether two databases hold the same: all but the 100 bytes of their headers, which count changes."""
+    if one.stat().st_size != other.stat().st_size:
+        return False
+    with one.open("rb") as left, other.open("rb") as right:
+        left.seek(100)
+        right.seek(100)
+        while data := left.read(1 << 20):
+            if right.read(len(data)) != data:
+                return False
+    return True
+
+
+ASIDE = ".damaged"
+SUFFIXES = ("", "-wal", "-shm", "-journal")
+
+
+def set_aside(database: Path) -> Path:
+    """Move a damaged database and what belongs to it out of the way; return its new name."""
+    kept = database.with_name(f"{database.name}{ASIDE}")
+    for suffix in SUFFIXES:
+        with contextlib.suppress(FileNotFoundError):
+            database.with_name(database.name + suffix).replace(f"{kept}{suffix}")
+    return kept
+
+
+def put_aside_back(database: Path) -> None:
+    """Remove a database, and have the damaged one back if there was one."""
+    kept = database.with_name(f"{database.name}{ASIDE}")
+    for suffix in SUFFIXES:
+        database.with_name(database.name + suffix).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            Path(f"{kept}{suffix}").replace(database.with_name(database.name + suffix))

@@ -10,17 +10,20 @@ from backup_lib.errors import CopyCorrupt
 
 MAGIC = re.compile(rb"(REDIS|VALKEY)([0-9]{3,4})")
 HEADER = 9
+AUX, SELECT, RESIZE = b"\xfa", b"\xfe", b"\xfb"
 END = 0xFF
 TRAILER = 8
 
 
 @dataclass(frozen=True)
 class Rdb:
-    """``version`` is the format's number; ``server`` and ``seconds`` what wrote it and when."""
+    """``version`` is the format's number; ``first`` the number of the first database and how many keys it has.
+
+    That is known only when no module has put something of its own before them.
+    """
 
     version: int
-    server: str
-    seconds: int
+    first: tuple[int, int] | None
 
 
 def look(path: Path) -> Rdb:
@@ -31,7 +34,7 @@ def look(path: Path) -> Rdb:
         header = MAGIC.fullmatch(file.read(HEADER))
         if not header or size < HEADER + 1 + TRAILER:
             raise CopyCorrupt(f"{path.name} is not an RDB", remedy)
-        aux = _aux(file)
+        first = _first(file)
         file.seek(size - TRAILER - 1)
         end = file.read(1 + TRAILER)
     if end[0] != END:
@@ -41,30 +44,42 @@ def look(path: Path) -> Rdb:
         raise CopyCorrupt(f"{path.name} has no checksum", "Set rdbchecksum to yes at the server that it comes from.")
     if told != crc64(path, size - TRAILER):
         raise CopyCorrupt(f"{path.name} is not what its CRC64 says", remedy)
-    seconds = aux.get("ctime", "0")
-    server = aux.get("redis-ver") or aux.get("valkey-ver", "")
-    return Rdb(int(header[2]), server, int(seconds) if seconds.isdigit() else 0)
+    return Rdb(int(header[2]), first)
 
 
-def _aux(file: IO[bytes]) -> dict[str, str]:
-    """Return the fields at the beginning: names and values, which all are short."""
-    found: dict[str, str] = {}
-    while file.read(1) == b"\xfa":
-        name, value = _text(file), _text(file)
-        if name is None or value is None:
-            break
-        found[name] = value
-    return found
-
-
-def _text(file: IO[bytes]) -> str | None:
-    """Return a string of less than 64 bytes or an integer, as both are written here; None for anything else."""
-    first = file.read(1)
-    if not first:
+def _first(file: IO[bytes]) -> tuple[int, int] | None:
+    """Read past the fields at the beginning; return the first database's number and keys when they come next."""
+    while (opcode := file.read(1)) == AUX:
+        if not (_skip(file) and _skip(file)):
+            return None
+    if opcode != SELECT:
         return None
-    kind, low = first[0] >> 6, first[0] & 0x3F
+    number = _length(file)
+    if file.read(1) != RESIZE or number is None or (keys := _length(file)) is None:
+        return None
+    return number, keys
+
+
+def _length(file: IO[bytes]) -> int | None:
+    """Return a length: six bits, fourteen, 32 or 64; None for what is none."""
+    first = file.read(1)[0]
+    kind, low = first >> 6, first & 0x3F
     if kind == 0:
-        return file.read(low).decode(errors="replace")
-    if kind == 3 and low < 3:  # noqa: PLR2004 -- 3: an integer of 1 << low bytes
-        return str(int.from_bytes(file.read(1 << low), "little", signed=True))
-    return None
+        return low
+    if kind == 1:
+        return low << 8 | file.read(1)[0]
+    widths = {0x80: 4, 0x81: 8}
+    return int.from_bytes(file.read(widths[first]), "big") if first in widths else None
+
+
+def _skip(file: IO[bytes]) -> bool:
+    """Read past a short string or an integer, as the fields at the beginning are; say whether it was one."""
+    first = file.read(1)[0]
+    kind, low = first >> 6, first & 0x3F
+    if kind == 0:
+        file.read(low)
+    elif kind == 3 and low < 3:  # noqa: PLR2004 -- 3: an integer of 1 << low bytes
+        file.read(1 << low)
+    else:
+        return False
+    return True

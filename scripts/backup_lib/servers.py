@@ -98,17 +98,9 @@ def connect(place: Place, database: int = 0) -> Any:
     )
 
 
-def ask(client: Any, *words: Any) -> Any:
-    """Send a command and return its reply as it came."""
-    return client.execute_command(*words, NEVER_DECODE=[])
-
-
 def info(client: Any, section: str) -> dict[str, str]:
     """Return a section of INFO."""
-    raw = client.execute_command("INFO", section)
-    if isinstance(raw, dict):  # redis-py has parsed it
-        return {str(name): str(value) for name, value in raw.items()}
-    return dict(line.split(":", 1) for line in raw.decode().splitlines() if ":" in line)
+    return {str(name): str(value) for name, value in client.execute_command("INFO", section).items()}
 
 
 def versions(client: Any) -> dict[str, Any]:
@@ -118,18 +110,44 @@ def versions(client: Any) -> dict[str, Any]:
     modules = {}
     for row in client.execute_command("MODULE", "LIST"):
         pairs = row.items() if isinstance(row, dict) else zip(row[::2], row[1::2], strict=True)
-        each = {_text(name): value for name, value in pairs}
-        modules[_text(each["name"])] = int(each["ver"])
+        each = {text(name): value for name, value in pairs}
+        modules[text(each["name"])] = int(each["ver"])
     return {"kind": kind, "version": told[f"{kind}_version"], "modules": modules}
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """Return a reply as text."""
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def databases(client: Any) -> list[int]:
-    """Return the numbers of the databases that hold keys."""
-    return sorted(int(name[2:]) for name in info(client, "keyspace") if name.startswith("db"))
+def keys(client: Any) -> dict[int, int]:
+    """Return how many keys each database has that has any, telemetry and what has expired among them."""
+    replies = client.execute_command("INFO", "keyspace").items()
+    return {int(name[2:]): int(said["keys"]) for name, said in replies if name.startswith("db")}
+
+
+PROBE = """
+redis.call('SET', KEYS[1], 'x', 'EX', 60)
+local dumped = redis.call('DUMP', KEYS[1])
+redis.call('DEL', KEYS[1])
+return dumped
+"""
+
+
+def rdb_version(client: Any) -> int:
+    """Return the newest RDB that a server reads, which is the one that it writes: it is at the end of each DUMP."""
+    dumped = client.eval(PROBE, 1, "opencode-restore-probe")
+    return int.from_bytes(dumped[-10:-8], "little")
+
+
+def holds_something(place: Place) -> bool:
+    """Say whether there is any key but FalkorDB's own telemetry."""
+    with named(place):
+        for number in sorted(keys(connect(place))):
+            client = connect(place, number)
+            if any(not key.startswith(b"telemetry{") for key in client.scan_iter(count=SAMPLE)):
+                return True
+    return False
 
 
 def contents(place: Place) -> dict[str, Any]:
@@ -139,23 +157,23 @@ def contents(place: Place) -> dict[str, Any]:
     """
     client = connect(place)
     found: dict[str, Any] = {"databases": {}, "graphs": {}}
-    for number in databases(client):
+    for number in sorted(keys(client)):
         here = connect(place, number)
         cursor: Any = 0
-        keys: set[str] = set()
+        lasting: set[str] = set()
         expiring: set[str] = set()
         while True:
             cursor, digests, volatile = here.eval(DIGESTS, 0, cursor)
-            keys.update(map(_text, digests))  # SCAN may name a key twice
-            expiring.update(map(_text, volatile))
+            lasting.update(map(text, digests))  # SCAN may name a key twice
+            expiring.update(map(text, volatile))
             if int(cursor) == 0:
                 break
-        if keys or expiring:
-            digest = sum(int(each, 16) for each in keys) % (1 << 64)
-            found["databases"][str(number)] = {"keys": len(keys), "expiring": len(expiring), "digest": f"{digest:016x}"}
+        if lasting or expiring:
+            digest = f"{sum(int(each, 16) for each in lasting) % (1 << 64):016x}"
+            found["databases"][str(number)] = {"keys": len(lasting), "expiring": len(expiring), "digest": digest}
     if "graph" in versions(client)["modules"]:
         for name in sorted(client.execute_command("GRAPH.LIST")):
-            found["graphs"][_text(name)] = graph(client, name)
+            found["graphs"][text(name)] = graph(client, name)
     return found
 
 
@@ -167,7 +185,7 @@ def graph(client: Any, name: bytes) -> dict[str, Any]:
         return list(reply[1])
 
     def counts(query: str) -> dict[str, int]:
-        return {_text(key): count for key, count in sorted(rows(query))}
+        return {text(key): count for key, count in sorted(rows(query))}
 
     nodes, edges = rows("MATCH (n) RETURN count(n)")[0][0], rows("MATCH ()-[e]->() RETURN count(e)")[0][0]
     step = [max(1, -(-count // SAMPLE)) for count in (nodes, edges)]
@@ -207,7 +225,8 @@ def copy(place: Place, target: Path, settings: Settings) -> dict[str, Any]:
         dump(place, target, settings)
         copied = rdb.look(target)
         after = contents(place)
-    facts = {"rdb": copied.version, "exact": before == after, "contents": after}
+        memory = int(info(client, "memory")["used_memory_dataset"])
+    facts = {"rdb": copied.version, "first": copied.first, "memory": memory, "exact": before == after, "contents": after}
     return about | facts
 
 

@@ -43,6 +43,7 @@ class Settings:
     """All of it. ``environ`` is what child processes get, with no secret but rclone's own."""
 
     remote: str
+    safety_remote: str
     password: str = field(repr=False)
     parts: tuple[str, ...]
     servers: Mapping[str, Place]
@@ -120,6 +121,7 @@ def load(given: Mapping[str, str]) -> Settings:
     site = text("DD_SITE", "datadoghq.com")
     return Settings(
         remote=_remote(text("BACKUP_REMOTE"), environ),
+        safety_remote=_remote(text("BACKUP_SAFETY_REMOTE"), environ),
         password=text("BACKUP_PASSWORD"),
         parts=parts,
         servers={part: _place(part, environ) for part in ("falkordb", "valkey")},
