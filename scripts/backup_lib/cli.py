@@ -26,6 +26,7 @@ def run(options: argparse.Namespace, config: Settings) -> Any:
     """Copy, check, upload, read back."""
     from backup_lib import report
     from backup_lib import run as running
+    from backup_lib import verify as verifying
 
     made = None
     try:
@@ -33,6 +34,8 @@ def run(options: argparse.Namespace, config: Settings) -> Any:
     finally:
         if not options.dry_run:
             report.send(config, made)
+    if made and options.prune:
+        verifying.prune(config, read_back=made.id)
     return asdict(made) if made else {}
 
 
@@ -49,9 +52,8 @@ def listing(options: argparse.Namespace, config: Settings) -> Any:
 
 def _line(backup: Backup) -> str:
     state = backup.fault or "complete"
-    return f"{backup.id}  {age(backup.age_seconds):>7}  {size(backup.size):>8}  {backup.kind:6}  " + (
-        f"{' '.join(backup.parts)}  {state}"
-    )
+    parts = " ".join(backup.parts)
+    return f"{backup.id}  {age(backup.age_seconds):>7}  {size(backup.size):>8}  {backup.kind:6}  {parts}  {state}"
 
 
 def verify(options: argparse.Namespace, config: Settings) -> Any:
@@ -128,10 +130,11 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--dry-run", action="store_true", help="look, say what would be done, and change nothing")
         if name == "run":
             sub.add_argument("--create", action="store_true", help="the bucket or directory may be created")
+            sub.add_argument("--prune", action="store_true", help="then remove what is not kept")
         else:
             sub.add_argument("id", nargs="?", default="latest", help="the beginning of an ID; the newest by default")
             sub.add_argument("--to", type=target, action="append", default=[], metavar="PART=WHERE",
-                             help="somewhere else: falkordb=HOST:PORT, opencode=DIRECTORY, files=DIRECTORY")  # fmt: skip
+                             help="elsewhere: falkordb=HOST:PORT, opencode=DIRECTORY, files=DIRECTORY")  # fmt: skip
             sub.add_argument("--replace", action="store_true", help="the target holds something: replace it")
     command("list", listing)
     sub = command("verify", verify)

@@ -151,6 +151,12 @@ class LastRunFailed(Failure):
     code = 61
 
 
+class CronEnded(Failure):
+    """cron could not start, or ended by itself."""
+
+    code = 62
+
+
 class Interrupted(BaseException):
     """A signal; the exit code is 128 and its number. No ``except Exception`` keeps it."""
 

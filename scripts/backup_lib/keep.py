@@ -28,6 +28,8 @@ def to_remove(backups: Iterable[Backup], keep: Mapping[str, int]) -> list[Backup
         kept |= set(list(first.values())[: keep[period]])
     for part in {part for backup in good for part in backup.parts}:
         kept.add(next(backup.id for backup in good if part in backup.parts))
-    # What was begun and never finished goes after a day. What was damaged later may hold a part that is whole: it stays.
-    kept |= {each.id for each in newest if each.fault and (each.fault != INCOMPLETE or each.age_seconds < GRACE_SECONDS)}
+    # What was begun and not finished goes after a day. What was damaged later may hold a part that is whole: it stays.
+    kept |= {
+        each.id for each in newest if each.fault and (each.fault != INCOMPLETE or each.age_seconds < GRACE_SECONDS)
+    }
     return [backup for backup in reversed(newest) if backup.id not in kept]

@@ -15,7 +15,9 @@ from backup_lib.settings import Settings
 
 DATABASE = "opencode.db"
 SECONDS = 30.0
-SKIPPED = frozenset({"bin", "cache", "log", "node_modules", "package.json", "package-lock.json", "snapshot", "tool-output"})
+SKIPPED = frozenset(
+    {"bin", "cache", "log", "node_modules", "package.json", "package-lock.json", "snapshot", "tool-output"}
+)
 """What OpenCode makes anew, and the image's own: at the top of each directory."""
 
 
@@ -54,6 +56,15 @@ def look_at_database(path: Path) -> dict[str, Any]:
             raise CopyCorrupt(f"{path.name} fails its integrity check: {said[0]}", "Look at the database it is of.")
         return {"sqlite": sqlite3.sqlite_version, "user_version": _one(database, "PRAGMA user_version"),
                 "rows": rows(database)}  # fmt: skip
+
+
+def is_damaged(path: Path) -> bool:
+    """Say whether a database fails its integrity check, or is none."""
+    try:
+        with contextlib.closing(read_only(path)) as database:
+            return bool(database.execute("PRAGMA integrity_check").fetchone() != ("ok",))
+    except sqlite3.DatabaseError:
+        return True
 
 
 def rows(database: sqlite3.Connection) -> dict[str, int]:
@@ -147,7 +158,13 @@ def members(archive: Path, settings: Settings) -> Iterator[tuple[Path, tarfile.T
             for entry in files:
                 root, _, rest = entry.name.partition("/")
                 content = files.extractfile(entry)
-                if not entry.isfile() or root not in roots(settings) or ".." in rest.split("/") or not rest or not content:
+                if (
+                    not entry.isfile()
+                    or root not in roots(settings)
+                    or ".." in rest.split("/")
+                    or not rest
+                    or not content
+                ):
                     raise CopyCorrupt(f"{archive.name}: {entry.name} does not belong there", "Take another backup.")
                 yield roots(settings)[root] / rest, entry, content.read()
     except tarfile.TarError as error:

@@ -100,9 +100,6 @@ class Remote:
         Raises RemoteGone when the bucket or directory is not there, unless it may be created.
         """
         try:
-            # rclone lists a bucket that is not there as an empty one when a path in it is asked for.
-            if not create and not self.name.startswith("/") and "/" in self.name:
-                self._run("looking for", "lsjson", "--dirs-only", self.name.split("/")[0])
             said = self._run("listing", "lsjson", "--recursive", "--files-only", "--no-modtime", self.path())
         except RemoteGone:
             if not create:

@@ -1,6 +1,5 @@
 """Restore: look at everything first, take a safety copy, put the data there, compare, and put back if that fails."""
 
-import contextlib
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +11,6 @@ from backup_lib.errors import (
     BackupDamaged,
     CopyCorrupt,
     Failure,
-    NotConfigured,
     RestoreFailed,
     SafetyCopyNeeded,
     TargetNotEmpty,
@@ -71,7 +69,9 @@ def restore(settings: Settings, request: Request) -> dict[str, Any]:
         safety = take_safety(there, held, scratch)
         _put_all(copies, there, scratch, safety)
     seconds = round(time.monotonic() - began, 2)
-    say(f"restore {chosen.id}: done in {seconds:g} s, compared and equal" + (f"; before it: {safety}" if safety else ""))
+    say(
+        f"restore {chosen.id}: done in {seconds:g} s, compared and equal" + (f"; before it: {safety}" if safety else "")
+    )
     return {"id": chosen.id, "parts": parts, "safety": safety, "seconds": seconds}
 
 
@@ -147,16 +147,10 @@ def _look_at_server(copied: Copy, there: Settings) -> bool:
 
 def take_safety(there: Settings, held: list[str], scratch: Path) -> str:
     """Back up what is about to be replaced; return its ID. Its raw copies stay in ``scratch/safety``."""
-    if "opencode" in held:
-        try:
-            with contextlib.closing(opencode.read_only(there.database)) as database:
-                damaged = database.execute("PRAGMA integrity_check").fetchone() != ("ok",)
-        except opencode.sqlite3.DatabaseError:
-            damaged = True
-        if damaged:
-            kept = opencode.set_aside(there.database)
-            say(f"{there.database} is damaged, and cannot be copied: it is kept as {kept.name}")
-            held = [part for part in held if part != "opencode"]
+    if "opencode" in held and opencode.is_damaged(there.database):
+        kept = opencode.set_aside(there.database)
+        say(f"{there.database} is damaged, and cannot be copied: it is kept as {kept.name}")
+        held = [part for part in held if part != "opencode"]
     if not held:
         return ""
     (scratch / "safety").mkdir()
@@ -240,7 +234,7 @@ def compare(facts: Mapping[str, Any], found: Mapping[str, Any], now: Mapping[str
     """Compare what a server holds with what was copied. Raises CopyCorrupt.
 
     Digests are of what a server answers, which other versions may word differently: then only counts are compared. A
-    copy that was made under writes has no exact contents: then graphs must be there, and keys where the RDB told how many.
+    copy that was made under writes has no exact contents: then keys are compared, where the RDB tells how many.
     """
     remedy = "What was there before is put back. Restore another backup, and keep this one to be looked at."
     same = (facts["version"], facts["modules"]) == (now["version"], now["modules"])
@@ -248,7 +242,7 @@ def compare(facts: Mapping[str, Any], found: Mapping[str, Any], now: Mapping[str
         told, holds = _comparable(facts["contents"], digests=same), _comparable(found, digests=same)
         if told != holds:
             differ = [key for key in told.keys() | holds.keys() if told.get(key) != holds.get(key)]
-            key = sorted(differ)[0]
+            key = min(differ)
             raise CopyCorrupt(f"{target}: {key} is {holds.get(key)} and was {told.get(key)}", remedy)
         return
     missing = set(facts["contents"]["graphs"]) - set(found["graphs"])

@@ -50,7 +50,9 @@ def backup(settings: Settings, parts: Iterable[str], *, create: bool = False, dr
     return made
 
 
-def make(settings: Settings, parts: Iterable[str], scratch: Path, *, kind: str = "backup", create: bool = False) -> Backup:
+def make(
+    settings: Settings, parts: Iterable[str], scratch: Path, *, kind: str = "backup", create: bool = False
+) -> Backup:
     """Copy the parts into ``scratch``, whose raw copies stay there, and upload them. Raises Failure; see errors."""
     remote = Remote(settings)
     manifest.catalog(remote, create=create)  # is it there, does it let us in, is the password that of the others?
@@ -60,9 +62,7 @@ def make(settings: Settings, parts: Iterable[str], scratch: Path, *, kind: str =
         with ThreadPoolExecutor() as pool:  # a server waits five seconds before it begins; they may do so together
             facts = dict(zip(parts, pool.map(lambda part: copy(part, settings, scratch), parts), strict=True))
             packed = dict(zip(parts, pool.map(lambda part: pack(scratch / OBJECTS[part]), parts), strict=True))
-        made = {
-            part: Part(f"{OBJECTS[part]}.gz", stored, raw, facts[part]) for part, (stored, raw) in packed.items()
-        }
+        made = {part: Part(f"{OBJECTS[part]}.gz", stored, raw, facts[part]) for part, (stored, raw) in packed.items()}
     except OSError as error:
         if is_full(error):
             raise full_disk(str(settings.work)) from None
@@ -71,14 +71,12 @@ def make(settings: Settings, parts: Iterable[str], scratch: Path, *, kind: str =
         for part in made.values():
             say(f"{kind} {backup_id}: {part.object}, {size(part.stored[0])}")
             remote.upload(scratch / part.object, f"{backup_id}/{part.object}")
-            if remote.digest(f"{backup_id}/{part.object}") != part.stored:
-                raise UploadDamaged(f"{part.object} came back changed", "Try again; then look at the remote itself.")
+            _equal(part.object, part.stored, remote.digest(f"{backup_id}/{part.object}"))
             (scratch / part.object).unlink()
         result = Backup(backup_id, kind, settings.host, made, sum(part.stored[0] for part in made.values()))
         written = manifest.write(result)
         remote.write(f"{backup_id}/{MANIFEST}", written)
-        if remote.read(f"{backup_id}/{MANIFEST}") != written:
-            raise UploadDamaged("the manifest came back changed", "Try again; then look at the remote itself.")
+        _equal(MANIFEST, written, remote.read(f"{backup_id}/{MANIFEST}"))
     except BaseException:
         say(f"{kind} {backup_id}: failed; what is there of it does not count, and is removed")
         with suppress(Failure):
@@ -86,6 +84,11 @@ def make(settings: Settings, parts: Iterable[str], scratch: Path, *, kind: str =
         raise
     say(f"{kind} {backup_id}: complete, {size(result.size)}, read back and equal")
     return result
+
+
+def _equal(name: str, sent: object, read: object) -> None:
+    if sent != read:
+        raise UploadDamaged(f"{name} came back changed", "Try again; then look at the remote itself.")
 
 
 def copy(part: str, settings: Settings, scratch: Path) -> dict[str, Any]:
@@ -101,10 +104,13 @@ def copy(part: str, settings: Settings, scratch: Path) -> dict[str, Any]:
 def pack(raw: Path) -> tuple[tuple[int, str], tuple[int, str]]:
     """Compress a file beside itself; return (bytes, SHA-256) of the result and of the file. Equal files pack equal."""
     packed = raw.with_name(f"{raw.name}.gz")
-    with raw.open("rb") as source, packed.open("wb") as target:
+    with (
+        raw.open("rb") as source,
+        packed.open("wb") as target,
         # An RDB is compressed already: higher levels take longer and win nothing.
-        with gzip.GzipFile("", "wb", compresslevel=1, fileobj=target, mtime=0) as compressor:
-            shutil.copyfileobj(source, compressor, CHUNK)
+        gzip.GzipFile("", "wb", compresslevel=1, fileobj=target, mtime=0) as compressor,
+    ):
+        shutil.copyfileobj(source, compressor, CHUNK)
     return _digest(packed), _digest(raw)
 
 

@@ -191,7 +191,7 @@ def graph(client: Any, name: bytes) -> dict[str, Any]:
     step = [max(1, -(-count // SAMPLE)) for count in (nodes, edges)]
     sample = [
         rows(f"MATCH (n) WHERE id(n) % {step[0]} = 0 RETURN id(n), labels(n), n ORDER BY id(n) LIMIT {SAMPLE}"),
-        rows(f"MATCH (a)-[e]->(b) WHERE id(e) % {step[1]} = 0 RETURN id(e), id(a), id(b), e ORDER BY id(e) LIMIT {SAMPLE}"),
+        rows(f"MATCH (a)-[e]->(b) WHERE id(e) % {step[1]} = 0 RETURN id(e), e ORDER BY id(e) LIMIT {SAMPLE}"),
     ]
     return {
         "nodes": nodes,
@@ -226,7 +226,13 @@ def copy(place: Place, target: Path, settings: Settings) -> dict[str, Any]:
         copied = rdb.look(target)
         after = contents(place)
         memory = int(info(client, "memory")["used_memory_dataset"])
-    facts = {"rdb": copied.version, "first": copied.first, "memory": memory, "exact": before == after, "contents": after}
+    facts = {
+        "rdb": copied.version,
+        "first": copied.first,
+        "memory": memory,
+        "exact": before == after,
+        "contents": after,
+    }
     return about | facts
 
 

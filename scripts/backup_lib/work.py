@@ -48,7 +48,9 @@ def _lock(root: Path) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)
-        raise Busy(f"another backup or restore works in {root}", "Wait for it; it says in its log what it does.") from None
+        raise Busy(
+            f"another backup or restore works in {root}", "Wait for it; it says in its log what it does."
+        ) from None
     return lock
 
 
