@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -365,13 +366,21 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
+class Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a client that was killed; everything else is a defect of this file."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextlib.contextmanager
 def fake_b2(*buckets: str) -> Iterator[FakeB2]:
     """Run the server with these empty buckets."""
     b2 = FakeB2(buckets={name: {} for name in buckets})
     handler = type("BoundHandler", (Handler,), {"b2": b2})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = Quiet(("127.0.0.1", 0), handler)
     b2.port = server.server_port
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()

@@ -1,10 +1,9 @@
 """Where backups are kept: any remote of rclone's, described by the environment alone, optionally encrypted."""
 
-import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +19,6 @@ from backup_lib.errors import (
 )
 from backup_lib.settings import CRYPT, Settings
 
-CHUNK = 1 << 20
 ATTEMPTS = 3
 T = TypeVar("T")
 KINDS: tuple[tuple[str, type[Failure], str], ...] = (
@@ -84,8 +82,8 @@ class Remote:
         return RemoteUnreachable(f"{doing} {self.name}: {said}", remedy)
 
     def _argv(self, *words: str) -> list[str]:
-        # A `cat` that is tried again begins anew on the same stdout: whoever reads it has to do that.
-        retries = ["--retries", "1"] if words[0] == "cat" else ["--retries", "3", "--retries-sleep", "1s"]
+        # What prints what it reads would begin anew on the same stdout: we try again ourselves.
+        retries = ["--retries", "1"] if words[0] in ("cat", "hashsum") else ["--retries", "3", "--retries-sleep", "1s"]
         return ["rclone", *retries, "--low-level-retries", "5", "--stats", "0", "--log-format", "", *words]
 
     def _run(self, doing: str, *words: str, stdin: bytes = b"") -> bytes:
@@ -140,26 +138,20 @@ class Remote:
         """Store a small object."""
         self._run(f"writing {name} to", "rcat", self.path(name), stdin=data)
 
-    def upload(self, source: Path, name: str) -> None:
-        """Store a file as an object."""
-        self._run(f"writing {name} to", "copyto", "--no-traverse", "--ignore-times", str(source), self.path(name))
+    def upload(self, source: Path, backup: str) -> None:
+        """Store the files of a directory as the objects of a backup."""
+        self._run(f"writing {backup} to", "copy", "--no-traverse", "--ignore-times", str(source), self.path(backup))
 
-    def digest(self, name: str, into: Path | None = None) -> tuple[int, str]:
-        """Read an object back, into a file when one is named; return its size and SHA-256, of what was stored."""
-        return self._patiently(lambda: self._digest(name, into))
+    def download(self, backup: str, names: Iterable[str], target: Path) -> None:
+        """Copy objects of a backup into a directory."""
+        chosen = [word for name in names for word in ("--include", f"/{name}")]
+        self._run(f"reading {backup} at", "copy", "--ignore-times", *chosen, self.path(backup), str(target))
 
-    def _digest(self, name: str, into: Path | None) -> tuple[int, str]:
-        sha, size = hashlib.sha256(), 0
-        with children.child(self._argv("cat", self.path(name)), self._environ) as (process, errors):
-            assert process.stdout  # noqa: S101 -- children.child always has one
-            with (into or Path("/dev/null")).open("wb") as file:
-                while data := process.stdout.read(CHUNK):
-                    sha.update(data)
-                    size += len(data)
-                    file.write(data)
-            if process.wait():
-                raise self._failure(f"reading {name} at", children.tail(errors))
-        return size, sha.hexdigest()
+    def digests(self, backup: str) -> dict[str, str]:
+        """Read a whole backup back and return the SHA-256 of each object, as it was before encryption."""
+        words = ("hashsum", "SHA256", "--download", "--exclude", "/manifest.json", self.path(backup))
+        said = self._patiently(lambda: self._run(f"reading {backup} at", *words))
+        return {name: digest for digest, name in (line.split(None, 1) for line in said.decode().splitlines())}
 
     def remove(self, backup: str) -> None:
         """Remove a backup: its manifest first, so that it stops to count before anything is missing from it."""

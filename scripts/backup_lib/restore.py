@@ -8,7 +8,6 @@ from typing import Any
 
 from backup_lib import manifest, master, opencode, rdb, run, servers, work
 from backup_lib.errors import (
-    BackupDamaged,
     CopyCorrupt,
     Failure,
     RestoreFailed,
@@ -17,7 +16,7 @@ from backup_lib.errors import (
     TargetTooOld,
     TargetTooSmall,
 )
-from backup_lib.manifest import Backup, Part
+from backup_lib.manifest import Backup
 from backup_lib.opencode import members
 from backup_lib.remote import Remote
 from backup_lib.say import say, size
@@ -58,7 +57,7 @@ def restore(settings: Settings, request: Request) -> dict[str, Any]:
     parts = [part for part in chosen.parts if part in (wanted or settings.parts)]
     with work.working(settings.work) as scratch:
         say(f"restore {chosen.id}: fetching {', '.join(parts)}")
-        copies = [fetch(remote, chosen, part, chosen.parts[part], scratch) for part in parts]
+        copies = fetch(remote, chosen, parts, scratch)
         held = [each.part for each in copies if look(each, there)]
         if held and not request.replace:
             what = ", ".join(where(part, there) for part in held)
@@ -97,16 +96,11 @@ def where(part: str, there: Settings) -> str:
     return str(there.database if part == "opencode" else there.data)
 
 
-def fetch(remote: Remote, backup: Backup, name: str, part: Part, scratch: Path) -> Copy:
-    """Download a part and check it as if nobody had ever. Raises BackupDamaged, CopyCorrupt."""
-    remedy = "Nothing was changed. Take an older one: backup list."
-    packed = scratch / f"new-{part.object}"
-    if remote.digest(f"{backup.id}/{part.object}", packed) != part.stored:
-        raise BackupDamaged(f"{backup.id}: {part.object} is not what was uploaded", remedy)
-    path, digest = run.unpack(packed)
-    if digest != part.raw:
-        raise BackupDamaged(f"{backup.id}: {part.object} does not hold what was copied", remedy)
-    return Copy(name, path, part.facts)
+def fetch(remote: Remote, backup: Backup, parts: Iterable[str], scratch: Path) -> list[Copy]:
+    """Download parts and check them against the manifest. Raises BackupDamaged."""
+    chosen = {name: backup.parts[name] for name in parts}
+    remote.download(backup.id, [part.object for part in chosen.values()], scratch)
+    return [Copy(name, run.unpack(scratch / part.object, part), part.facts) for name, part in chosen.items()]
 
 
 def look(copied: Copy, there: Settings) -> bool:

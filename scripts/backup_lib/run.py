@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from backup_lib import manifest, opencode, servers, work
-from backup_lib.errors import Failure, UploadDamaged, full_disk, is_full
+from backup_lib.errors import BackupDamaged, Failure, UploadDamaged, full_disk, is_full
 from backup_lib.manifest import MANIFEST, Backup, Part
-from backup_lib.remote import CHUNK, Remote
+from backup_lib.remote import Remote
 from backup_lib.say import say, size
 from backup_lib.settings import Settings
 
+CHUNK = 1 << 20
+PACKED = "packed"
 OBJECTS = {"falkordb": "falkordb.rdb", "valkey": "valkey.rdb", "opencode": "opencode.db", "files": "files.tar"}
 
 
@@ -58,6 +60,7 @@ def make(
     manifest.catalog(remote, create=create)  # is it there, does it let us in, is the password that of the others?
     backup_id = manifest.new_id()
     say(f"{kind} {backup_id}: copying {', '.join(parts)}")
+    (scratch / PACKED).mkdir()
     try:
         with ThreadPoolExecutor() as pool:  # a server waits five seconds before it begins; they may do so together
             facts = dict(zip(parts, pool.map(lambda part: copy(part, settings, scratch), parts), strict=True))
@@ -68,11 +71,11 @@ def make(
             raise full_disk(str(settings.work)) from None
         raise
     try:
-        for part in made.values():
-            say(f"{kind} {backup_id}: {part.object}, {size(part.stored[0])}")
-            remote.upload(scratch / part.object, f"{backup_id}/{part.object}")
-            _equal(part.object, part.stored, remote.digest(f"{backup_id}/{part.object}"))
-            (scratch / part.object).unlink()
+        told = ", ".join(f"{part.object} {size(part.stored[0])}" for part in made.values())
+        say(f"{kind} {backup_id}: uploading {told}")
+        remote.upload(scratch / PACKED, backup_id)
+        shutil.rmtree(scratch / PACKED)
+        _equal("an object", {part.object: part.stored[1] for part in made.values()}, remote.digests(backup_id))
         result = Backup(backup_id, kind, settings.host, made, sum(part.stored[0] for part in made.values()))
         written = manifest.write(result)
         remote.write(f"{backup_id}/{MANIFEST}", written)
@@ -102,8 +105,8 @@ def copy(part: str, settings: Settings, scratch: Path) -> dict[str, Any]:
 
 
 def pack(raw: Path) -> tuple[tuple[int, str], tuple[int, str]]:
-    """Compress a file beside itself; return (bytes, SHA-256) of the result and of the file. Equal files pack equal."""
-    packed = raw.with_name(f"{raw.name}.gz")
+    """Compress a file; return (bytes, SHA-256) of the result and of the file. Equal files pack equal."""
+    packed = raw.parent / PACKED / f"{raw.name}.gz"
     with (
         raw.open("rb") as source,
         packed.open("wb") as target,
@@ -111,18 +114,24 @@ def pack(raw: Path) -> tuple[tuple[int, str], tuple[int, str]]:
         gzip.GzipFile("", "wb", compresslevel=1, fileobj=target, mtime=0) as compressor,
     ):
         shutil.copyfileobj(source, compressor, CHUNK)
-    return _digest(packed), _digest(raw)
+    return digest(packed), digest(raw)
 
 
-def _digest(path: Path) -> tuple[int, str]:
+def digest(path: Path) -> tuple[int, str]:
+    """Return the bytes and the SHA-256 of a file."""
     with path.open("rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def unpack(packed: Path) -> tuple[Path, tuple[int, str]]:
-    """Decompress a file beside itself; return it and its (bytes, SHA-256)."""
+def unpack(packed: Path, part: Part) -> Path:
+    """Decompress a file beside itself and return it. Raises BackupDamaged when one is not what the manifest says."""
+    remedy = "Nothing was changed. Take an older one: backup list."
+    if not packed.exists() or digest(packed) != part.stored:
+        raise BackupDamaged(f"{part.object} is not what was uploaded", remedy)
     raw = packed.with_suffix("")
     with gzip.open(packed) as source, raw.open("wb") as target:
         shutil.copyfileobj(source, target, CHUNK)
     packed.unlink()
-    return raw, _digest(raw)
+    if digest(raw) != part.raw:
+        raise BackupDamaged(f"{part.object} does not hold what was copied", remedy)
+    return raw

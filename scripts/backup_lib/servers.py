@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from backup_lib import children, rdb
 from backup_lib.errors import CopyCut, ServerUnreachable, full_disk
@@ -95,6 +97,7 @@ def connect(place: Place, database: int = 0) -> Any:
         ssl=place.tls,
         socket_timeout=SECONDS,
         socket_connect_timeout=5,
+        retry=Retry(NoBackoff(), 1),
     )
 
 

@@ -25,10 +25,9 @@ def verify(settings: Settings, wanted: str, *, everything: bool = False) -> list
 
 def damage(remote: Remote, backup: Backup) -> str:
     """Return what is wrong with a backup; nothing when each object is what the manifest says."""
-    for part in backup.parts.values():
-        if remote.digest(f"{backup.id}/{part.object}") != part.stored:
-            return f"{part.object} is not what was uploaded"
-    return ""
+    there = remote.digests(backup.id)
+    wrong = [part.object for part in backup.parts.values() if there.get(part.object) != part.stored[1]]
+    return f"{', '.join(wrong)}: not what was uploaded" if wrong else ""
 
 
 def prune(settings: Settings, *, dry_run: bool = False, read_back: str = "") -> list[Backup]:
