@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -34,14 +35,14 @@ def child(argv: Sequence[str], environ: Mapping[str, str], *, stdin: IO[bytes] |
 
     Raises ToolMissing when there is no such program.
     """
+    if not shutil.which(argv[0], path=environ.get("PATH")):
+        raise ToolMissing(f"{argv[0]} is not installed", "Use the image, or install Debian's package.")
     with tempfile.TemporaryFile() as errors:
-        try:
-            process = subprocess.Popen(
-                argv, env=environ, stdin=stdin or subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
-                process_group=0,
-            )  # fmt: skip
-        except FileNotFoundError:
-            raise ToolMissing(f"{argv[0]} is not installed", "Use the image, or install Debian's package.") from None
+        words = ["setpriv", "--pdeathsig", "KILL", "--", *argv]  # so that it ends even when we are killed
+        process = subprocess.Popen(
+            words, env=environ, stdin=stdin or subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+            process_group=0,
+        )  # fmt: skip
         _live.add(process)
         try:
             yield process, errors

@@ -127,6 +127,12 @@ class TargetTooSmall(Failure):
     code = 55
 
 
+class TargetCannotReachUs(Failure):
+    """The target could not connect to us to fetch the data; nothing was sent, so it holds what it held."""
+
+    code = 56
+
+
 class RestoreFailed(Failure):
     """The restore failed; the target is as it was before."""
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 import redis
 
 from backup_lib import servers
-from backup_lib.errors import CopyCut, NotConfigured, TargetInUse
+from backup_lib.errors import CopyCut, Failure, NotConfigured, TargetCannotReachUs, TargetInUse
 from backup_lib.settings import Place, Settings
 
 MARK = "opencode-restore-"
@@ -118,14 +118,27 @@ def replicating(place: Place, source: Path, settings: Settings) -> Iterator[None
         with servers.named(place):
             _configure(client, {"masteruser": master.user, "masterauth": master.password})
             client.execute_command("REPLICAOF", host, port or master.port)
-        _wait(place, client, master, settings.stall_seconds)
+        _wait(place, master, settings.stall_seconds)
         yield
-    finally:
+    except BaseException:
         master.close()
-        with servers.named(place):
-            again = servers.connect(place)  # a signal may have cut the other one in the middle of a reply
-            again.execute_command("REPLICAOF", "NO", "ONE")
-            _configure(again, kept)
+        with contextlib.suppress(Failure):  # what went wrong first is what is told
+            _free(place, kept, settings.stall_seconds)
+        raise
+    else:
+        master.close()
+        _free(place, kept, settings.stall_seconds)
+
+
+def _free(place: Place, kept: dict[str, str], stall_seconds: float) -> None:
+    """Make the target a master again; while it loads what it has been sent, it can do nothing else."""
+    for told in _progress(place, None, stall_seconds):
+        if told["loading"] == "0":
+            break
+    with servers.named(place):
+        client = servers.connect(place)
+        client.execute_command("REPLICAOF", "NO", "ONE")
+        _configure(client, kept)
 
 
 def _our_address(place: Place, settings: Settings) -> tuple[str, int]:
@@ -139,23 +152,32 @@ def _our_address(place: Place, settings: Settings) -> tuple[str, int]:
         return str(probe.getsockname()[0]), 0
 
 
-def _wait(place: Place, client: Any, master: Master, stall_seconds: float) -> None:
+def _wait(place: Place, master: Master, stall_seconds: float) -> None:
+    for told in _progress(place, master, stall_seconds):
+        if told.get("master_link_status") == "up" and told["loading"] == "0":
+            return
+
+
+def _progress(place: Place, master: Master | None, stall_seconds: float) -> Iterator[dict[str, str]]:
+    """Yield what the target says of its loading, until it makes no progress any more. Raises Failure."""
+    client = servers.connect(place)
     seen: tuple[Any, ...] = ()
     since = time.monotonic()
     while True:
         try:
             told = servers.info(client, "replication") | servers.info(client, "persistence")
         except redis.exceptions.RedisError:
-            message = f"{place} ended while it loaded the data"
-            raise CopyCut(message, "Look at its log and start it again.") from None
-        if told.get("master_link_status") == "up" and told.get("loading") == "0":
-            return
-        now = (master.sent, told.get("loading_loaded_bytes"), told.get("async_loading"), told.get("loading"))
+            raise CopyCut(f"{place} ended while it loaded the data", "Look at its log and start it again.") from None
+        yield told
+        sent = master.sent if master else 0
+        now = (sent, told["loading"], told.get("loading_loaded_bytes"), told.get("async_loading"))
         if now != seen:
             seen, since = now, time.monotonic()
         elif time.monotonic() - since > stall_seconds:
-            remedy = "It must be able to connect to us: set BACKUP_ADVERTISE to an address of ours that it reaches."
-            raise CopyCut(f"{place} has not fetched the data", remedy)
+            if master and not sent:
+                remedy = "It must be able to connect to us: set BACKUP_ADVERTISE to an address of ours that it reaches."
+                raise TargetCannotReachUs(f"{place} has fetched nothing from us", remedy)
+            raise CopyCut(f"{place} makes no progress in loading the data", "Look at its log.")
         time.sleep(POLL_SECONDS)
 
 

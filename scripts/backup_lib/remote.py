@@ -24,7 +24,7 @@ T = TypeVar("T")
 KINDS: tuple[tuple[str, type[Failure], str], ...] = (
     ("bad password|bad magic string|not an encrypted file|failed to authenticate decrypted", WrongPassword,
      "Set BACKUP_PASSWORD to what it was when they were made; a new password needs a new path in BACKUP_REMOTE."),
-    (r"no space left on device|quota", DiskFull, "Free some there."),
+    (r"no space left on device|remaining disk space|quota", DiskFull, "Free some there, or here in BACKUP_WORK_DIR."),
     (r"\b401\b|\b403\b|unauthorized|bad_auth_token|AccessDenied|SignatureDoesNotMatch|not entitled", RemoteRefused,
      "Look at the RCLONE_CONFIG_* keys, and at what they are allowed."),
     ("didn't find section in config file|unknown type|bad type|couldn't find type", NotConfigured,
@@ -47,6 +47,9 @@ class Remote:
             "RCLONE_CONFIG": "/dev/null",
             "RCLONE_CONTIMEOUT": "15s",
             "RCLONE_TIMEOUT": f"{settings.stall_seconds:g}s",
+            "RCLONE_RETRIES": "3",
+            "RCLONE_RETRIES_SLEEP": "1s",
+            "RCLONE_LOW_LEVEL_RETRIES": "5",
             # B2 otherwise keeps, and bills, what was deleted as hidden versions.
             "RCLONE_B2_HARD_DELETE": "true",
         } | dict(settings.environ)
@@ -83,8 +86,8 @@ class Remote:
 
     def _argv(self, *words: str) -> list[str]:
         # What prints what it reads would begin anew on the same stdout: we try again ourselves.
-        retries = ["--retries", "1"] if words[0] in ("cat", "hashsum") else ["--retries", "3", "--retries-sleep", "1s"]
-        return ["rclone", *retries, "--low-level-retries", "5", "--stats", "0", "--log-format", "", *words]
+        retries = ["--retries", "1"] if words[0] in ("cat", "hashsum") else []
+        return ["rclone", *retries, "--stats", "0", "--log-format", "", *words]
 
     def _run(self, doing: str, *words: str, stdin: bytes = b"") -> bytes:
         done = children.run(self._argv(*words), self._environ, stdin=stdin)

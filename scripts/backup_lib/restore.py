@@ -12,6 +12,7 @@ from backup_lib.errors import (
     Failure,
     RestoreFailed,
     SafetyCopyNeeded,
+    TargetCannotReachUs,
     TargetNotEmpty,
     TargetTooOld,
     TargetTooSmall,
@@ -120,22 +121,21 @@ def _look_at_server(copied: Copy, there: Settings) -> bool:
     target, facts = there.servers[copied.part], copied.facts
     version = rdb.look(copied.path).version
     master.ready(target)
-    remedy = "Nothing was changed. Restore to a server at least as new as the one that was backed up."
     with servers.named(target):
         client = servers.connect(target)
-        reads = servers.rdb_version(client)
-        if version > reads or FOREIGN < version < VALKEY <= reads:
-            raise TargetTooOld(f"{target} reads RDB {reads}, and this is RDB {version}", remedy)
-        modules = servers.versions(client)["modules"]
-        for name, number in facts["modules"].items():
-            if modules.get(name, -1) < number:
-                there_is = f"has {modules[name]}" if name in modules else "has none"
-                raise TargetTooOld(f"{target} {there_is} of the module {name}, and this needs {number}", remedy)
         limit = int(servers.info(client, "memory")["maxmemory"])
-    if 0 < limit < facts["memory"]:
-        raise TargetTooSmall(
-            f"{target} may use {size(limit)}, and this needs {size(facts['memory'])}", "Raise its maxmemory."
-        )
+        if 0 < limit < facts["memory"]:
+            what = f"{target} may use {size(limit)}, and this needs {size(facts['memory'])}"
+            raise TargetTooSmall(what, "Raise its maxmemory.")
+        reads = servers.rdb_version(client)
+        modules = servers.versions(client)["modules"]
+    remedy = "Nothing was changed. Restore to a server at least as new as the one that was backed up."
+    if version > reads or FOREIGN < version < VALKEY <= reads:
+        raise TargetTooOld(f"{target} reads RDB {reads}, and this is RDB {version}", remedy)
+    for name, number in facts["modules"].items():
+        if modules.get(name, -1) < number:
+            there_is = f"has {modules[name]}" if name in modules else "has none"
+            raise TargetTooOld(f"{target} {there_is} of the module {name}, and this needs {number}", remedy)
     return servers.holds_something(target)
 
 
@@ -164,14 +164,16 @@ def _put_all(copies: list[Copy], there: Settings, scratch: Path, safety: str) ->
     except BaseException as error:
         said = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else "interrupted"
         say(f"that failed ({said}); putting back what was there")
-        _put_back(touched, there, scratch, safety, said)
+        if isinstance(error, TargetCannotReachUs):
+            touched.pop()
+        remedy = error.remedy if isinstance(error, Failure) else "Look at its log."
+        _put_back(touched, there, scratch, f"{said}; and what was there could not be put back", safety)
         if not isinstance(error, Exception):
             raise
-        remedy = error.remedy if isinstance(error, Failure) else "Look at its log."
         raise RestoreFailed(f"{said}; the target is as it was before", remedy) from None
 
 
-def _put_back(touched: list[Copy], there: Settings, scratch: Path, safety: str, said: str) -> None:
+def _put_back(touched: list[Copy], there: Settings, scratch: Path, said: str, safety: str) -> None:
     failed = []
     for each in reversed(touched):
         kept = scratch / "safety" / run.OBJECTS[each.part]
@@ -188,7 +190,7 @@ def _put_back(touched: list[Copy], there: Settings, scratch: Path, safety: str, 
             failed.append(f"{where(each.part, there)} ({type(error).__name__}: {error})")
     if failed:
         remedy = f"When it is well again: backup restore {safety} --replace" if safety else "It was empty before."
-        raise SafetyCopyNeeded(f"{said}; and what was there could not be put back: {', '.join(failed)}", remedy)
+        raise SafetyCopyNeeded(f"{said}: {', '.join(failed)}", remedy)
 
 
 def put(copied: Copy, there: Settings) -> None:

@@ -48,6 +48,7 @@ def backup(settings: Settings, parts: Iterable[str], *, create: bool = False, dr
                 "id": made.id if made else "",
                 "size": made.size if made else 0,
             }
+            shutil.rmtree(scratch, ignore_errors=True)  # on a full disk it needs that room
             work.remember(settings.work, outcome)
     return made
 

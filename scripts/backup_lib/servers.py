@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def keys(client: Any) -> dict[int, int]:
     return {int(name[2:]): int(said["keys"]) for name, said in replies if name.startswith("db")}
 
 
-PROBE = """
+PROBE = """#!lua flags=allow-oom
 redis.call('SET', KEYS[1], 'x', 'EX', 60)
 local dumped = redis.call('DUMP', KEYS[1])
 redis.call('DEL', KEYS[1])
@@ -253,8 +254,9 @@ def dump(place: Place, target: Path, settings: Settings) -> None:
         stall_seconds=settings.stall_seconds,
     )
     if done.code:
-        said = settings.hide(done.stderr + done.stdout.decode(errors="replace")).replace("\n", " / ")[-300:]
+        stalled = "it stalled" if done.code == -signal.SIGKILL else ""
+        said = stalled or settings.hide(done.stderr + done.stdout.decode(errors="replace")).replace("\n", " / ")[-300:]
         free = os.statvfs(target.parent)
         if "No space left" in said or free.f_bavail * free.f_frsize < 1 << 16:
             raise full_disk(str(target.parent))
-        raise CopyCut(f"{place}: the copy was cut: {said or 'it stalled'}", "Look at the server's log, and try again.")
+        raise CopyCut(f"{place}: the copy was cut: {said}", "Look at the server's log, and try again.")

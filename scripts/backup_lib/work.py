@@ -56,10 +56,12 @@ def _lock(root: Path) -> int:
 
 def remember(root: Path, outcome: dict[str, Any]) -> None:
     """Keep how the last run ended, for ``backup status``; a full disk is no reason to fail once more."""
-    with contextlib.suppress(OSError):
-        draft = root / "last.json.part"
+    draft = root / "last.json.part"
+    try:
         draft.write_text(json.dumps(outcome))
         draft.replace(root / "last.json")
+    except OSError:
+        draft.unlink(missing_ok=True)
 
 
 def recall(root: Path) -> dict[str, Any]:
