@@ -140,7 +140,7 @@ def test_503s_and_cuts_are_got_over(here: World) -> None:
     here.lose()
     here.backup("restore", "--only", "valkey,files").ok()
     assert seen["b2_download_file_by_id"] > 2
-    here.b2.fault = lambda call, name: "slow" if "valkey" in name else ""
+    here.b2.fault = lambda _call, name: "slow" if "valkey" in name else ""
     here.run("--only", "valkey", BACKUP_STALL_SECONDS="2")  # slow is not stalled
 
 
