@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import socket
 import sqlite3
@@ -63,7 +62,10 @@ class Server:
                         client.dbsize()
                         break
                     if child.poll() is not None or time.monotonic() - began > READY_SECONDS:
-                        raise ChecksFailed(f"{child.args} does not answer", "Run it by hand and look at what it says.")
+                        raise ChecksFailed(
+                            f"the redis-server on port {self.port} does not answer",
+                            "Run it by hand and look at what it says.",
+                        )
                     time.sleep(0.005)
                 yield time.monotonic() - began
             finally:
@@ -179,8 +181,10 @@ def bench(count: int = 100_000) -> list[Ratio]:
             backed_up = _backup(scratch, *both, "run", "--create", *only)
         with both[0].running() as graph, both[1].running() as keys:
             restarted = graph + keys
+            loaded = both[1].client.dbsize()
+        if loaded != count:
+            raise ChecksFailed(f"a restarted server holds {loaded} keys", "What is compared would not be the same.")
         for each in both:
-            os.truncate(each.home / "dump.rdb", 0)
             (each.home / "dump.rdb").unlink()
         with both[0].running(), both[1].running():
             restored = _backup(scratch, *both, "restore", *only)

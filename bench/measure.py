@@ -34,12 +34,8 @@ def bench(settings: Settings, engine: Engine, *, only: str = "", dry_run: bool =
 
     Raises SettingRefused when there is none of that name, NoSuchImage when there is no candidate to start.
     """
-    parts: dict[str, Callable[[Settings, Engine], list[Ratio]]] = {
-        "list": listing,
-        "cold": cold,
-        "start": start,
-        "backup": backup,
-    }
+    parts: dict[str, Callable[[Settings, Engine], list[Ratio]]]
+    parts = {"list": listing, "cold": cold, "start": start, "backup": backup}
     chosen = [name for name in parts if only in ("", name)]
     if not chosen:
         raise SettingRefused(f"there is no benchmark {only}", f"There are {', '.join(parts)}.")

@@ -38,6 +38,7 @@ def crontab(schedule: str, pid: int) -> str:
 def serve(settings: Settings) -> None:
     """Run cron and what it asks for, until SIGTERM. Raises NotConfigured, ToolMissing, CronEnded."""
     Remote(settings)  # is there one?
+    os.dup2(sys.stdout.fileno(), sys.stderr.fileno())  # one log, on stdout
     environ = {"PATH": PATH, "TZ": settings.environ.get("TZ", "")}
     heard: SimpleQueue[int] = SimpleQueue()
     for number in (*JOBS, signal.SIGCHLD, *children.ENDING):
