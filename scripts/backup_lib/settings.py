@@ -184,6 +184,6 @@ def _place(part: str, environ: Mapping[str, str]) -> Place:
 def place(part: str, where: str, like: Place) -> Place:
     """Return the server at ``HOST:PORT``, with the credentials of ``like``. Raises NotConfigured."""
     host, _, port = where.rpartition(":")
-    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:  # noqa: PLR2004 -- TCP's range
+    if not re.fullmatch(r"[^\s/]+", host) or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:  # noqa: PLR2004 -- TCP's range
         raise NotConfigured(f"{part}: {where} is not HOST:PORT", "Write it as in localhost:6379.")
     return Place(part, host.strip("[]"), int(port), like.username, like.password, like.tls)
