@@ -188,7 +188,7 @@ def doctor(context: Context, engine: str = "") -> None:
         diagnosis.doctor(settings)
 
 
-@task(help={"only": "one of list, cold (sizes and rebuilds too) and start", **ENGINE})
+@task(help={"only": "one of list, cold (sizes and rebuilds too), start and backup", **ENGINE})
 def bench(context: Context, only: str = "", engine: str = "", dry_run: bool = False) -> None:
     """Measure against the naive way, side by side, and write the ratios to build/bench.json."""
     from bench import measure
@@ -196,3 +196,12 @@ def bench(context: Context, only: str = "", engine: str = "", dry_run: bool = Fa
 
     with _settings(context, engine) as settings:
         measure.bench(settings, engines.find(settings.engine), only=only, dry_run=dry_run)
+
+
+@task(help={"count": "how many keys, rows and pairs of nodes"})
+def drill(context: Context, count: int = 10000) -> None:
+    """Back up servers of its own, lose them, restore, compare, and say how long each step took."""
+    from bench import backup
+
+    with _settings(context):
+        backup.drill(count)
