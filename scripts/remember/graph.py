@@ -23,7 +23,7 @@ EMBED_SECONDS = 10.0
 # replaces all of its properties, and so takes the mark and the claim away in the same transaction as it adds the rest.
 CLAIM = """
 MERGE (e:Episodic {uuid: $id})
-ON CREATE SET e.pending = true, e.name = $name, e.group_id = $project, e.source = 'text', e.source_description = $about,
+ON CREATE SET e.pending = true, e.name = $name, e.group_id = $group, e.source = 'text', e.source_description = $about,
     e.content = $text, e.entity_edges = [], e.created_at = $at, e.valid_at = $at
 WITH e WHERE e.pending
 SET e.claim = $claim
@@ -166,7 +166,7 @@ class Graph:
         async with self._digesting[project]:
             with observe.span("digest", project), self._answering():
                 rows = await self.ask(
-                    project, CLAIM, id=memory.id, project=project, claim=claim, name=name, text=text, at=memory.at,
+                    project, CLAIM, id=memory.id, group=project, claim=claim, name=name, text=text, at=memory.at,
                     about=memory.about.replace("\0", ""),
                 )  # fmt: skip
                 if not rows:
