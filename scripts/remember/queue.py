@@ -74,6 +74,7 @@ class Queue:
     def __init__(self, place: Place) -> None:
         self._place = place
         self._client: Any = None
+        self.answered = False
 
     async def ask(self, *words: Any) -> Any:
         """Send one command and return its reply; bytes come as str. Raises Unavailable, and redis' ResponseError."""
@@ -81,15 +82,18 @@ class Queue:
             await asyncio.to_thread(__import__, "redis.asyncio")  # 0.1 s in which the server goes on answering
             import redis.asyncio
 
+            # Its own tries would take three seconds to say that nobody listens.
             self._client = redis.asyncio.Redis(
-                **self._place.options(COMMAND_SECONDS), decode_responses=True, protocol=2
+                **self._place.options(COMMAND_SECONDS), decode_responses=True, protocol=2, retry=None
             )
         from redis.exceptions import AuthenticationError, ConnectionError, TimeoutError  # noqa: A004
 
         try:
-            return await self._client.execute_command(*words)
+            answer = await self._client.execute_command(*words)
         except (AuthenticationError, ConnectionError, TimeoutError, OSError) as error:
             raise self._place.missing(error) from error
+        self.answered = True
+        return answer
 
     async def close(self) -> None:
         """Close the connections."""
@@ -154,11 +158,12 @@ class Queue:
 
     # What the holder of a lease does.
 
-    async def take(self, project: str, token: str, seconds: float) -> bool:
-        """Take a project's lease, unless somebody has it or the project rests."""
-        if await self.ask("EXISTS", self.key(project, "rest")):
-            return False
-        return bool(await self.ask("SET", self.key(project, "lease"), token, "NX", "PX", int(seconds * 1000)))
+    async def take(self, project: str, token: str, seconds: float) -> float:
+        """Take a project's lease and return 0; or, where somebody has it or the project rests, the seconds left of that."""
+        resting = int(await self.ask("PTTL", self.key(project, "rest")))
+        if resting < 0 and await self.ask("SET", self.key(project, "lease"), token, "NX", "PX", int(seconds * 1000)):
+            return 0.0
+        return max(resting, int(await self.ask("PTTL", self.key(project, "lease"))), 1) / 1000
 
     async def renew(self, project: str, token: str, seconds: float) -> bool:
         """Keep a lease for longer; return False when it is somebody else's by now."""

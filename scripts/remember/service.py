@@ -16,6 +16,8 @@ from .settings import Settings, Unavailable
 LONGEST = 100_000
 """Characters of one memory: what is longer is a document, which no model digests in one go."""
 DIRECT_SECONDS = 300.0
+RESTART_PAUSES = (0.1, 0.4, 1.0)
+"""Seconds between tries to reach a Valkey that has answered before, and may be starting again."""
 UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -58,10 +60,14 @@ class Memories:
 
     async def add(self, memory: Memory) -> dict[str, Any]:
         """Keep a memory: in the queue, or where Valkey does not answer in the graph, which takes seconds."""
-        try:
-            added = await self.queue.add(self.project, memory)
-        except Unavailable as error:
-            return await self._add_directly(memory, error)
+        for pause in (*RESTART_PAUSES, None):
+            try:
+                added = await self.queue.add(self.project, memory)
+                break
+            except Unavailable as error:
+                if pause is None or not self.queue.answered:
+                    return await self._add_directly(memory, error)
+            await asyncio.sleep(pause)
         said = {"id": memory.id, "project": self.project, "state": "queued" if added else "already known"}
         if not self.settings.has_model:
             said["note"] = "it is kept, and waits: nothing here digests it until OPENAI_API_KEY or OPENAI_BASE_URL is set"

@@ -47,17 +47,14 @@ class Worker:
 
         Where Valkey does not answer, it is asked again with growing pauses. Raises Unavailable only at ``until_empty``.
         """
-        last, silent = "$", 0
+        last, silent = "0", 0
         try:
             while True:
                 try:
-                    waiting = await self._begin()
-                    if until_empty and not waiting and not self._busy:
+                    look = await self._begin()
+                    if until_empty and look is None and not self._busy:
                         return
-                    if until_empty or self._busy:
-                        await self._some_end(0.2 if until_empty else LOOK_SECONDS)
-                    else:
-                        last = await self.queue.woken(last, LOOK_SECONDS)
+                    last = await self._wait(last, look or LOOK_SECONDS)
                     silent = 0
                 except Unavailable as error:
                     if until_empty:
@@ -71,26 +68,30 @@ class Worker:
                 task.cancel()
             await asyncio.gather(*self._busy.values(), return_exceptions=True)
 
-    async def _some_end(self, seconds: float) -> None:
-        """Wait until a project is done, or something else may be."""
-        waiting = asyncio.ensure_future(self.queue.woken("$", seconds))
-        await asyncio.wait([waiting, *self._busy.values()], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
-            waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
+    async def _wait(self, last: str, seconds: float) -> str:
+        """Wait until somebody adds, a project of ours is done, or so long; return the wake-up seen last."""
+        waking = asyncio.ensure_future(self.queue.woken(last, seconds))
+        await asyncio.wait([waking, *self._busy.values()], return_when=asyncio.FIRST_COMPLETED)
+        if not waking.done():
+            waking.cancel()
+            await asyncio.gather(waking, return_exceptions=True)
+            return last
+        return waking.result()
 
-    async def _begin(self) -> bool:
-        """Start on projects that have something to do; return whether any has."""
+    async def _begin(self) -> float | None:
+        """Start on projects that have something to do; return in how many seconds to look again, None if none has."""
         self._busy = {project: task for project, task in self._busy.items() if not task.done()}
-        waiting = False
+        look: float | None = None
         for project in await self.queue.projects():
-            if not await self.queue.depth(project):
+            if project in self._busy or not await self.queue.depth(project):
                 continue
-            waiting = True
-            free = project not in self._busy and len(self._busy) < self.settings.workers
-            if free and await self.queue.take(project, self._token, self.settings.lease):
-                self._busy[project] = asyncio.ensure_future(self._hold(project))
-        return waiting
+            look = look or LOOK_SECONDS
+            if len(self._busy) < self.settings.workers:
+                if left := await self.queue.take(project, self._token, self.settings.lease):
+                    look = min(look, left)
+                else:
+                    self._busy[project] = asyncio.ensure_future(self._hold(project))
+        return look
 
     async def _hold(self, project: str) -> None:
         """Digest while the lease is ours; a digest that it is lost over ends."""
