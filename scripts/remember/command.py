@@ -90,7 +90,11 @@ def _lines(name: str) -> list[dict[str, Any]]:
 async def _import(memories: Memories, name: str) -> dict[str, Any]:
     made = [memories.make(**row) for row in _lines(name)]
     added = [(await memories.add(memory))["state"] for memory in made]
-    return {"project": memories.project, "imported": len(added) - added.count("already known"), "known": added.count("already known")}
+    return {
+        "project": memories.project,
+        "imported": len(added) - added.count("already known"),
+        "known": added.count("already known"),
+    }
 
 
 async def _work(memories: Memories, *, once: bool) -> dict[str, Any]:
@@ -110,7 +114,7 @@ async def _work(memories: Memories, *, once: bool) -> dict[str, Any]:
     return {"state": "ended"}
 
 
-async def answer(options: argparse.Namespace, memories: Memories) -> dict[str, Any]:
+async def answer(options: argparse.Namespace, memories: Memories) -> dict[str, Any]:  # noqa: PLR0911 -- one a command
     """Do what the command line says and return the answer."""
     match options.command:
         case "add":
@@ -142,7 +146,9 @@ def show(said: dict[str, Any]) -> str:
             lines += [f"{name}:" if value else f"{name}: none"]
             for row in value:
                 fields = row.items() if isinstance(row, dict) else [("", row)]
-                lines.append("  " + "  ".join(f"{key} {part}".strip() for key, part in fields if part not in ("", None)))
+                lines.append(
+                    "  " + "  ".join(f"{key} {part}".strip() for key, part in fields if part not in ("", None))
+                )
         elif isinstance(value, dict):
             lines.append(f"{name}: " + ", ".join(f"{key} {part}" for key, part in value.items() if part is not None))
         else:
@@ -182,7 +188,10 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except tuple(CODES) as error:
-        print(json.dumps({"error": str(error)}) if getattr(options, "json", False) else f"memory: {error}", file=sys.stderr)
+        print(
+            json.dumps({"error": str(error)}) if getattr(options, "json", False) else f"memory: {error}",
+            file=sys.stderr,
+        )
         return CODES[type(error)]
 
 

@@ -1,4 +1,4 @@
-"""Graphiti's parts as this memory needs them: writes in one transaction, and models that fail soon. Imports Graphiti."""
+"""Graphiti's parts as this memory needs them: writes in one transaction, models that fail soon. Imports Graphiti."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Torn(Exception):
     """A query of a transaction failed, and those beside it did not: FalkorDB rolls nothing back. Holds the failure."""
 
 
-class Session(FalkorDriverSession):  # type: ignore[misc] -- graphiti_core is not typed
+class Session(FalkorDriverSession):  # type: ignore[misc]
     """A session whose writes are collected, and sent together when the function that makes them ends."""
 
     def __init__(self, driver: Driver) -> None:
@@ -58,7 +58,7 @@ class Session(FalkorDriverSession):  # type: ignore[misc] -- graphiti_core is no
         self._queries += query if isinstance(query, list) else [(query, kwargs)]
 
 
-class Driver(FalkorDriver):  # type: ignore[misc] -- graphiti_core is not typed
+class Driver(FalkorDriver):  # type: ignore[misc]
     """Graphiti's driver of one graph. ``fence`` is a query that must still find something when writes are sent."""
 
     Torn = Torn
@@ -108,7 +108,9 @@ class Model:
             return openai.AsyncOpenAI(api_key=key or "none", base_url=url, timeout=settings.timeout, max_retries=2)
 
         self._client = client(settings.api_key, settings.base_url)
-        config = LLMConfig(settings.api_key or "none", settings.model, settings.base_url, small_model=settings.small_model)
+        config = LLMConfig(
+            settings.api_key or "none", settings.model, settings.base_url, small_model=settings.small_model
+        )
         if settings.api == "responses":
             self.llm = OpenAIClient(config, client=self._client)
         else:

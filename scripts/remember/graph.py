@@ -120,7 +120,7 @@ class Graph:
         db = await self.connect()
         async with self._opening:
             if name not in self._open:
-                # In a thread there is no running loop: the driver would else make a task of its own that builds indices.
+                # In a thread no loop runs: with one, the driver would make a task of its own that builds indices.
                 graphiti = await asyncio.to_thread(self._build, db, name)
                 with self._answering():
                     await graphiti.driver.build_indices_and_constraints()

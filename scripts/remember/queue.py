@@ -55,7 +55,7 @@ return redis.call('XDEL', KEYS[2], ARGV[1])
 
 @dataclass(frozen=True)
 class Memory:
-    """What is to be remembered. ``at`` is ISO 8601 in UTC; ``id`` is its own for ever, and its episode's in the graph."""
+    """What is to be remembered. ``at`` is ISO 8601 in UTC; ``id`` is its own for ever, and its episode's too."""
 
     id: str
     text: str
@@ -135,7 +135,9 @@ class Queue:
         """Return how many memories wait or are being digested."""
         return int(await self.ask("XLEN", self.key(project, "queue")))
 
-    async def entries(self, project: str, what: str = "queue", count: int = 100_000) -> list[tuple[str, dict[str, str]]]:
+    async def entries(
+        self, project: str, what: str = "queue", count: int = 100_000
+    ) -> list[tuple[str, dict[str, str]]]:
         """Return the IDs and fields of the queue, or of what is ``dead``, oldest first."""
         return list(await self.ask("XRANGE", self.key(project, what), "-", "+", "COUNT", count))
 
@@ -159,7 +161,7 @@ class Queue:
     # What the holder of a lease does.
 
     async def take(self, project: str, token: str, seconds: float) -> float:
-        """Take a project's lease and return 0; or, where somebody has it or the project rests, the seconds left of that."""
+        """Take a project's lease and return 0; where somebody has it or the project rests, the seconds left of that."""
         resting = int(await self.ask("PTTL", self.key(project, "rest")))
         if resting < 0 and await self.ask("SET", self.key(project, "lease"), token, "NX", "PX", int(seconds * 1000)):
             return 0.0
@@ -234,5 +236,3 @@ class Queue:
         """Drop everything a project has in Valkey."""
         await self.ask("DEL", *(self.key(project, name) for name in ("queue", "dead", "tries", "rest")))
         await self.ask("SREM", PROJECTS, project)
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import signal
 from collections.abc import AsyncIterator, Awaitable
 from typing import Annotated, Any
@@ -37,24 +38,21 @@ async def _told(answer: Awaitable[dict[str, Any]]) -> dict[str, Any]:
 def build(memories: Memories, lifespan: Any) -> MCPServer:
     """Return the server with its tools; their descriptions are what a model chooses by."""
     server = MCPServer("memory", instructions=INSTRUCTIONS, lifespan=lifespan, log_level="ERROR")
-    reads = ToolAnnotations(read_only_hint=True)
 
-    @server.tool(structured_output=False)
     async def add(
         text: Annotated[str, Field(description="one thing to remember, in full sentences that need no context")],
         about: Annotated[str, Field(description="where it comes from, as in: the user said, README")] = "",
     ) -> dict[str, Any]:
         """Remember something for later sessions.
 
-        Use it when the user states a preference, a decision, a name, a date or a rule, asks you to remember, or when you
-        learn something about this project that took effort. Not for what the repository itself says, nor for secrets.
+        Use it when the user states a preference, a decision, a name, a date or a rule, or asks you to, and when you
+        learn something about this project that took effort. Not for what the repository says, nor for secrets.
         """
         try:
             return await _told(memories.add(memories.make(text, about)))
         except Refused as error:
             raise ToolError(str(error)) from None
 
-    @server.tool(annotations=reads, structured_output=False)
     async def search_facts(
         query: Annotated[str, Field(description="a question or key words")], limit: Limit = 10
     ) -> dict[str, Any]:
@@ -65,7 +63,6 @@ def build(memories: Memories, lifespan: Any) -> MCPServer:
         """
         return await _told(memories.search(query, limit))
 
-    @server.tool(annotations=reads, structured_output=False)
     async def search_entities(
         query: Annotated[str, Field(description="a name or a description")], limit: Limit = 10
     ) -> dict[str, Any]:
@@ -75,7 +72,6 @@ def build(memories: Memories, lifespan: Any) -> MCPServer:
         """
         return await _told(memories.search(query, limit, entities=True))
 
-    @server.tool(annotations=reads, structured_output=False)
     async def recent_memories(limit: Limit = 10) -> dict[str, Any]:
         """List the newest memories word for word, those not digested yet among them, with the ID of each.
 
@@ -83,7 +79,6 @@ def build(memories: Memories, lifespan: Any) -> MCPServer:
         """
         return await _told(memories.episodes(limit))
 
-    @server.tool(annotations=ToolAnnotations(destructive_hint=True), structured_output=False)
     async def forget(
         id: Annotated[str, Field(description="of a memory, fact or entity, as the other tools show it")],  # noqa: A002
     ) -> dict[str, Any]:
@@ -94,6 +89,11 @@ def build(memories: Memories, lifespan: Any) -> MCPServer:
         """
         return await _told(memories.forget(id))
 
+    for tool in (add, search_facts, search_entities, recent_memories, forget):
+        hints = ToolAnnotations(
+            read_only_hint=tool not in (add, forget), destructive_hint=tool is forget, open_world_hint=False
+        )
+        server.add_tool(tool, description=inspect.getdoc(tool), annotations=hints, structured_output=False)
     return server
 
 

@@ -70,18 +70,27 @@ class Memories:
             await asyncio.sleep(pause)
         said = {"id": memory.id, "project": self.project, "state": "queued" if added else "already known"}
         if not self.settings.has_model:
-            said["note"] = "it is kept, and waits: nothing here digests it until OPENAI_API_KEY or OPENAI_BASE_URL is set"
+            said["note"] = (
+                "it is kept, and waits: nothing here digests it until OPENAI_API_KEY or OPENAI_BASE_URL is set"
+            )
         return said
 
     async def _add_directly(self, memory: Memory, why: Unavailable) -> dict[str, Any]:
         try:
             added = await asyncio.wait_for(self.graph.digest(self.project, memory), DIRECT_SECONDS)
         except Unavailable as error:
-            raise Unavailable(f"nothing was kept. {why}. Without it memories are digested at once, but {error}") from error
+            raise Unavailable(
+                f"nothing was kept. {why}. Without it memories are digested at once, but {error}"
+            ) from error
         except Exception as error:
             raise Unavailable(f"nothing was kept. {why}. Without it: {type(error).__name__}: {error}"[:600]) from error
         state = "digested" if added else "already known"
-        return {"id": memory.id, "project": self.project, "state": state, "note": f"added directly, without a queue: {why}"}
+        return {
+            "id": memory.id,
+            "project": self.project,
+            "state": state,
+            "note": f"added directly, without a queue: {why}",
+        }
 
     async def search(self, query: str, limit: int = 10, *, entities: bool = False) -> dict[str, Any]:
         """Return the facts (or entities) that fit a query best, and how many memories are not digested yet."""
@@ -138,7 +147,12 @@ class Memories:
             note = {}
         except Unavailable as error:
             note = {"note": f"only the graph: {error}"}
-        return {"project": self.project, "forgot": "everything", "graph": await self.graph.forget_project(self.project), **note}
+        return {
+            "project": self.project,
+            "forgot": "everything",
+            "graph": await self.graph.forget_project(self.project),
+            **note,
+        }
 
     async def status(self) -> dict[str, Any]:
         """Say what answers, and what this project's memory holds; what does not answer is said, not raised."""

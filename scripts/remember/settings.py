@@ -79,7 +79,9 @@ class Place:
         what = {"FALKORDB": "FalkorDB, which holds the memory,", "VALKEY": "Valkey, which holds the queue,"}[self.name]
         said = f"{type(error).__name__}: {error}" if "auth" in f"{type(error).__name__}{error}".lower() else ""
         hint = f"{self.name}_HOST and {self.name}_PORT say where it is, {self.name}_PASSWORD and {self.name}_TLS how"
-        return Unavailable(f"{what} does not answer at {self.host}:{self.port}{said and f' ({said})'}; {hint} to reach it")
+        return Unavailable(
+            f"{what} does not answer at {self.host}:{self.port}{said and f' ({said})'}; {hint} to reach it"
+        )
 
 
 @dataclass(frozen=True)

@@ -144,11 +144,11 @@ class Worker:
         reason = reason_of(error)
         tries = await self.queue.count(project, entry, "failed")
         theirs = isinstance(error, REFUSED) and not isinstance(error, DOUBTFUL)
-        if not theirs and tries >= self.settings.attempts:
-            if not isinstance(error, DOUBTFUL) or await self.graph.model_answers():
-                await self.queue.bury(project, entry, memory, reason)
-                say(f"{project}: a memory is a dead letter after {tries} tries: {reason}")
-                return False
+        fatal = not theirs and tries >= self.settings.attempts
+        if fatal and (not isinstance(error, DOUBTFUL) or await self.graph.model_answers()):
+            await self.queue.bury(project, entry, memory, reason)
+            say(f"{project}: a memory is a dead letter after {tries} tries: {reason}")
+            return False
         pause = self._pause(tries, LONGEST_REST_SECONDS)
         await self.queue.rest(project, reason, pause)
         say(f"{project}: try {tries} failed, again in {pause:.0f} s: {reason}")
@@ -156,7 +156,7 @@ class Worker:
 
     def _pause(self, tries: int, most: float) -> float:
         """Return the pause after so many failures: doubling, with jitter so that workers do not come all at once."""
-        return min(most, self.settings.backoff * 2 ** min(tries - 1, 20)) * random.uniform(0.75, 1)  # noqa: S311
+        return min(most, self.settings.backoff * 2.0 ** min(tries - 1, 20)) * random.uniform(0.75, 1)  # noqa: S311
 
 
 async def metrics(queue: Queue) -> None:

@@ -53,8 +53,17 @@ def say(server: Server, text: str) -> list[dict[str, Any]]:
 def served(built: Built, name: str, fake: FakeOpenAI, ports: dict[str, int]) -> Iterator[tuple[Container, Server]]:
     """Run the image on the host's network, where its databases and its model are, on a port of its own."""
     port = free_port()
-    env = {"FALKORDB_HOST": "127.0.0.1", "VALKEY_HOST": "127.0.0.1", **{key: str(value) for key, value in ports.items()}}
-    env |= {"OPENAI_BASE_URL": fake.url, "OPENAI_API_KEY": KEY, "MEMORY_MODEL": MODEL, "MEMORY_EMBEDDING_MODEL": EMBEDDER}
+    env = {
+        "FALKORDB_HOST": "127.0.0.1",
+        "VALKEY_HOST": "127.0.0.1",
+        **{key: str(value) for key, value in ports.items()},
+    }
+    env |= {
+        "OPENAI_BASE_URL": fake.url,
+        "OPENAI_API_KEY": KEY,
+        "MEMORY_MODEL": MODEL,
+        "MEMORY_EMBEDDING_MODEL": EMBEDDER,
+    }
     provider = {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": fake.url, "apiKey": KEY}}
     config = {"provider": {"fake": {**provider, "models": {MODEL: {"tool_call": True}}}}, "model": f"fake/{MODEL}"}
     command = ["tini", "--", "ddtrace-run", "opencode", "serve", "--hostname", "127.0.0.1", "--port", str(port)]
