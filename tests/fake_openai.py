@@ -315,7 +315,11 @@ class Handler(BaseHTTPRequestHandler):
             self._error(404, f"there is no {self.path}")
 
     def do_POST(self) -> None:
-        fake, raw = self.fake, self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fake, length = self.fake, int(self.headers.get("Content-Length", 0))
+        raw = self.rfile.read(length)
+        if len(raw) < length:  # the client was killed in the middle
+            self.close_connection = True
+            return
         if failure := fake.failure(self.path, raw.decode()):
             if failure.after:
                 fake.over.wait(failure.after)

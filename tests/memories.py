@@ -119,9 +119,9 @@ class Kept:
 
 
 @contextlib.contextmanager
-def kept(home: Path, *, graph: bool = False) -> Iterator[Kept]:
+def kept(home: Path, *, graph: bool = False, port: int = 0) -> Iterator[Kept]:
     """Run a database that can be restarted."""
-    database = Kept(home, graph)
+    database = Kept(home, graph, port=port or free_port())
     database.start()
     try:
         yield database
@@ -164,9 +164,8 @@ class Rig:
             env |= {"MEMORY_MODEL": MODEL, "MEMORY_EMBEDDING_MODEL": EMBEDDER}
         return cls(python, cwd, env)
 
-    def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
-        """Start a command with pipes."""
-        pipe = subprocess.PIPE
+    def start(self, *words: str, pipe: int = subprocess.PIPE, **env: str) -> subprocess.Popen[str]:
+        """Start a command with pipes, or with whatever else ``pipe`` is."""
         argv = [self.python, "-I", str(MEMORY), *words]
         environ = {**self.env, **env}
         child = subprocess.Popen(argv, cwd=self.cwd, env=environ, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
@@ -175,7 +174,7 @@ class Rig:
 
     def run(self, *words: str, given: str = "", **env: str) -> Done:
         """Run a command to its end."""
-        child = self.start(*words, **env)
+        child = self.start(*words, pipe=subprocess.PIPE, **env)
         stdout, stderr = child.communicate(given, timeout=PATIENCE * 2)
         assert "Traceback" not in stderr, stderr
         assert KEY not in stdout + stderr
@@ -217,3 +216,46 @@ class Rig:
                 child.send_signal(signal.SIGCONT)
                 child.kill()
             child.communicate()
+
+
+class Session:
+    """An MCP client of ``memory serve``, by hand: a line of JSON each way."""
+
+    def __init__(self, rig: Rig, **env: str) -> None:
+        self.child = rig.start("serve", pipe=subprocess.PIPE, **env)
+        self._count = 0
+        client = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
+        self.greeting = self.ask("initialize", client)
+        self._send({"jsonrpc": "2.0", "method": "notifications/initialized"})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self.child.stdin
+        self.child.stdin.write(json.dumps(message) + "\n")
+        self.child.stdin.flush()
+
+    def ask(self, method: str, params: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Send a request and return its result."""
+        self._count += 1
+        self._send({"jsonrpc": "2.0", "id": self._count, "method": method, "params": params or {}})
+        assert self.child.stdout
+        line = self.child.stdout.readline()
+        assert line, self.child.stderr and self.child.stderr.read()
+        answer = json.loads(line)
+        assert answer["id"] == self._count, answer
+        return dict(answer["result"])
+
+    def call(self, tool: str, **arguments: Any) -> tuple[bool, str]:
+        """Call a tool; return whether it did it, and its text."""
+        result = self.ask("tools/call", {"name": tool, "arguments": arguments})
+        return not result.get("isError"), "".join(part["text"] for part in result["content"])
+
+    def works(self, tool: str, **arguments: Any) -> dict[str, Any]:
+        """Call a tool that works, and return what it says."""
+        done, text = self.call(tool, **arguments)
+        assert done, text
+        return dict(json.loads(text))
+
+    def close(self) -> tuple[int, str]:
+        """Close its input, as a client that ends does; return its exit code and stderr."""
+        _, stderr = self.child.communicate(timeout=PATIENCE)
+        return self.child.returncode, stderr

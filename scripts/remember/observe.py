@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import socket
 import sys
@@ -13,8 +14,8 @@ from urllib.parse import urlsplit
 
 from .settings import env
 
-AGENT_SECONDS = 0.3
-METRICS_SECONDS = (3.0, 5.0)  # to connect, to answer
+AGENT_SECONDS = 0.5
+METRICS_SECONDS = 5.0
 
 
 def agent_answers() -> bool:
@@ -24,15 +25,15 @@ def agent_answers() -> bool:
         return False
     parts = urlsplit(env("DD_TRACE_AGENT_URL"))
     try:
-        if parts.scheme == "unix":
-            with socket.socket(socket.AF_UNIX) as sock:
-                sock.settimeout(AGENT_SECONDS)
-                sock.connect(parts.path)
-            return True
         port = parts.port or int(env("DD_TRACE_AGENT_PORT", "8126"))
-        with socket.create_connection((parts.hostname or env("DD_AGENT_HOST", "localhost"), port), AGENT_SECONDS):
-            return True
-    except (OSError, ValueError):
+        agent = http.client.HTTPConnection(parts.hostname or env("DD_AGENT_HOST", "localhost"), port, AGENT_SECONDS)
+        if parts.scheme == "unix":
+            agent.sock = socket.socket(socket.AF_UNIX)
+            agent.sock.settimeout(AGENT_SECONDS)
+            agent.sock.connect(parts.path)
+        agent.request("GET", "/info")
+        return agent.getresponse().status == http.HTTPStatus.OK
+    except (OSError, ValueError, http.client.HTTPException):
         return False
 
 
@@ -89,8 +90,8 @@ def report(states: Mapping[str, Mapping[str, Any]]) -> str:
         for name, key in (("depth", "waiting"), ("age", "oldest_seconds"), ("dead", "dead"))
     ]
     try:
-        with ApiClient(Configuration(host=env("DD_URL") or None)) as client:
-            MetricsApi(client).submit_metrics(body=MetricPayload(series=series), _request_timeout=METRICS_SECONDS)
+        with ApiClient(Configuration(host=env("DD_URL") or None, request_timeout=METRICS_SECONDS)) as client:
+            MetricsApi(client).submit_metrics(body=MetricPayload(series=series))
     except Exception as error:  # noqa: BLE001 -- metrics are never a reason to stop
         return type(error).__name__
     return ""

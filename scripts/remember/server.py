@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import os
 import signal
 from collections.abc import AsyncIterator, Awaitable
 from typing import Annotated, Any
@@ -14,9 +15,10 @@ from mcp.server.mcpserver.exceptions import ToolError
 from mcp_types import ToolAnnotations
 from pydantic import Field
 
+from . import observe
 from .service import Memories, NotFound, Refused
 from .settings import Settings, Unavailable
-from .worker import Worker, metrics, say
+from .worker import Worker, metrics
 
 INSTRUCTIONS = (
     "A memory of this project that outlives the session. Search it before you ask the user what they may have told"
@@ -110,14 +112,15 @@ async def serve(settings: Settings) -> None:
         yield
 
     server = asyncio.ensure_future(build(memories, lifespan).run_stdio_async())
+    told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, server.cancel)
-    try:
-        await server
-    except asyncio.CancelledError:
-        say("ended")
-    finally:
-        for task in running:
-            task.cancel()
-        if running:
-            await asyncio.wait(running, timeout=WORKER_PATIENCE_SECONDS)
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
+    await asyncio.wait([server, asyncio.ensure_future(told.wait())], return_when=asyncio.FIRST_COMPLETED)
+    for task in running:
+        task.cancel()
+    if running:
+        await asyncio.wait(running, timeout=WORKER_PATIENCE_SECONDS)
+    if told.is_set():  # the server's thread still waits for a line, and would until its client closed the pipe
+        observe.end()
+        os._exit(0)
+    await server

@@ -5,45 +5,16 @@ from __future__ import annotations
 import json
 import signal
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.fake_openai import Call, FakeOpenAI, fake_openai
-from tests.memories import Kept, Rig, interpreter, kept, until
+from tests.fake_openai import Call, FakeOpenAI
+from tests.memories import Rig, until
 from tests.servers import free_port, redis_server
 
 pytestmark = pytest.mark.server
-
-
-@pytest.fixture(scope="session")
-def python() -> str:
-    return interpreter()
-
-
-@pytest.fixture(scope="module")
-def databases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Kept, Kept]]:
-    """FalkorDB and a queue that all tests share, each with a project of its own."""
-    home = tmp_path_factory.mktemp("databases")
-    with kept(home / "graph", graph=True) as graph, kept(home / "queue") as queue:
-        yield graph, queue
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeOpenAI]:
-    with fake_openai() as endpoint:
-        yield endpoint
-        assert endpoint.wrong == []
-
-
-@pytest.fixture
-def rig(python: str, databases: tuple[Kept, Kept], fake: FakeOpenAI, tmp_path: Path) -> Iterator[Rig]:
-    graph, queue = databases
-    made = Rig.of(python, tmp_path, fake, graph=graph.port, queue=queue.port, project=f"p{uuid.uuid4().hex[:8]}")
-    yield made
-    made.end()
 
 
 def add(rig: Rig, *texts: str) -> list[str]:
