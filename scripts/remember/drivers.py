@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import openai
-from falkordb.helpers import stringify_param_value
 from graphiti_core.cross_encoder.openai_reranker_client import OpenAIRerankerClient
 from graphiti_core.driver.falkordb_driver import FalkorDriver, FalkorDriverSession
 from graphiti_core.embedder.openai import OpenAIEmbedder, OpenAIEmbedderConfig
@@ -13,7 +13,7 @@ from graphiti_core.llm_client import LLMConfig, OpenAIClient
 from graphiti_core.llm_client.client import LLMClient
 from graphiti_core.llm_client.errors import RateLimitError
 from graphiti_core.llm_client.openai_generic_client import OpenAIGenericClient
-from redis.exceptions import ConnectionError, OutOfMemoryError, ReadOnlyError, ResponseError, TimeoutError, WatchError  # noqa: A004
+from redis.exceptions import ConnectionError, OutOfMemoryError, ReadOnlyError, TimeoutError  # noqa: A004
 from tenacity import stop_after_attempt
 
 from .graph import Superseded
@@ -35,12 +35,8 @@ DOUBTFUL = (openai.APITimeoutError, openai.InternalServerError)
 LLMClient._generate_response_with_retry.retry.stop = stop_after_attempt(1)  # noqa: SLF001 -- it has no other name
 
 
-class Torn(Exception):
-    """A query of a transaction failed, and those beside it did not: FalkorDB rolls nothing back. Holds the failure."""
-
-
 class Session(FalkorDriverSession):  # type: ignore[misc]
-    """A session whose writes are collected, and sent together when the function that makes them ends."""
+    """A session whose writes are collected, and sent as one when the function that makes them ends."""
 
     def __init__(self, driver: Driver) -> None:
         super().__init__(None)
@@ -59,9 +55,7 @@ class Session(FalkorDriverSession):  # type: ignore[misc]
 
 
 class Driver(FalkorDriver):  # type: ignore[misc]
-    """Graphiti's driver of one graph. ``fence`` is a query that must still find something when writes are sent."""
-
-    Torn = Torn
+    """Graphiti's driver of one graph. ``fence`` begins what is written: where it finds nothing, nothing is."""
 
     def __init__(self, client: Any, graph: str) -> None:
         super().__init__(falkor_db=client, database=graph)
@@ -72,32 +66,22 @@ class Driver(FalkorDriver):  # type: ignore[misc]
         assert database in (None, self._database)  # noqa: S101 -- Graphiti asks for no other
         return Session(self)
 
-    def _command(self, query: str, params: dict[str, Any], verb: str = "GRAPH.QUERY") -> tuple[str, str, str]:
-        given = self.convert_datetimes_to_strings(params)
-        header = " ".join(f"{name}={stringify_param_value(value)}" for name, value in given.items())
-        return verb, self._database, f"CYPHER {header} {query}".replace("\0", "")
-
     async def transact(self, queries: list[Query]) -> None:
-        """Send queries as one transaction: all of them are in the graph, and in its append-only file, or none.
+        """Run queries as one: all of them are in the graph, and in its append-only file, or none.
 
-        Raises Superseded when the fence finds nothing; another write between it and the transaction is noticed.
+        FalkorDB takes a query back when it fails, and logs it whole. (MULTI would do both too, but a server that loads
+        MULTI from its file ends itself when a client connects meanwhile: seen with Redis 8.2.3 and FalkorDB 4.16.3.)
+        Raises Superseded when the fence finds nothing.
         """
-        async with self.client.connection.pipeline(transaction=True) as pipe:
-            while True:
-                try:
-                    if self.fence:
-                        await pipe.watch(self._database)
-                        if not (await pipe.execute_command(*self._command(*self.fence, "GRAPH.RO_QUERY")))[1]:
-                            raise Superseded
-                    pipe.multi()
-                    for query, params in queries:
-                        pipe.execute_command(*self._command(str(query), params))
-                    await pipe.execute()
-                except WatchError:
-                    continue
-                except ResponseError as error:
-                    raise Torn(error) from error
-                return
+        match, params = self.fence or ("WITH 1 AS held", {})
+        whole, given = match, dict(params)
+        for number, (query, values) in enumerate(queries):
+            inner = re.sub(r"\$(\w+)", rf"$q{number}_\1", re.sub(r"\bRETURN [^{}]*\Z", "", query))
+            whole += f"\nCALL {{ {inner} RETURN count(*) AS c{number} }}"
+            given |= {f"q{number}_{name}": value for name, value in values.items()}
+        found = await self.execute_query(f"{whole}\nRETURN 1", **given)
+        if not found[0]:
+            raise Superseded
 
 
 class Model:

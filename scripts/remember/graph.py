@@ -29,7 +29,7 @@ WITH e WHERE e.pending
 SET e.claim = $claim
 RETURN e.uuid
 """
-CLAIMED = "MATCH (e:Episodic {uuid: $id, claim: $claim}) RETURN e.uuid"
+CLAIMED = "MATCH (claimed:Episodic {uuid: $id, claim: $claim}) WITH 1 AS held"
 RECENT = """
 MATCH (e:Episodic) WHERE NOT coalesce(e.pending, false) RETURN e.uuid ORDER BY e.valid_at DESC LIMIT $limit
 """
@@ -59,9 +59,8 @@ OPTIONAL MATCH (other:Episodic)-[:MENTIONS]->(n) WHERE other.uuid <> $id
 WITH n, count(other) AS others WHERE others = 0
 DETACH DELETE n
 """,
+    "MATCH (e:Episodic {uuid: $id}) DETACH DELETE e",
 )
-FORGET_EPISODE = "MATCH (e:Episodic {uuid: $id}) DETACH DELETE e"
-UNDO = "MATCH (e:Episodic {uuid: $id}) SET e.pending = true, e.entity_edges = []"
 FORGET_FACT = "MATCH (:Entity)-[r:RELATES_TO {uuid: $id}]->(:Entity) DELETE r RETURN count(r)"
 FORGET_ENTITY = "MATCH (n:Entity {uuid: $id}) DETACH DELETE n RETURN count(n)"
 
@@ -175,6 +174,7 @@ class Graph:
                 from datetime import datetime
 
                 from graphiti_core.nodes import EpisodeType
+                from redis.exceptions import ResponseError
 
                 graphiti.driver.fence = (CLAIMED, {"id": memory.id, "claim": claim})
                 try:
@@ -183,17 +183,12 @@ class Graph:
                         reference_time=datetime.fromisoformat(memory.at), group_id=project, uuid=memory.id,
                         previous_episode_uuids=earlier,
                     )  # fmt: skip
-                except graphiti.driver.Torn as torn:
-                    await self._run(project, (*FORGET, UNDO), memory.id)
-                    raise torn.args[0] from torn
+                except ResponseError:
+                    self._open.pop(project, None)  # its indices may have gone with a graph that was deleted meanwhile
+                    raise
                 finally:
                     graphiti.driver.fence = None
         return True
-
-    async def _run(self, project: str, queries: tuple[str, ...], uuid: str) -> None:
-        graphiti = await self.project(project)
-        with self._answering():
-            await graphiti.driver.transact([(query, {"id": uuid}) for query in queries])
 
     async def search(self, project: str, query: str, limit: int, *, entities: bool) -> tuple[list[dict[str, Any]], str]:
         """Return the facts, or the entities, that fit best, and why only by their words when it is so."""
@@ -215,8 +210,15 @@ class Graph:
         if vector is None:
             part, words = (config.node_config, NodeSearchMethod) if entities else (config.edge_config, EdgeSearchMethod)
             part.search_methods = [words.bm25]
+        from redis.exceptions import ResponseError
+
         with observe.span("search", project), self._answering():
-            found = await graphiti.search_(query, config, group_ids=[project], query_vector=vector)
+            try:
+                found = await graphiti.search_(query, config, group_ids=[project], query_vector=vector)
+            except ResponseError:  # its indices have gone with a graph that was deleted meanwhile
+                self._open.pop(project, None)
+                graphiti = await self.project(project)
+                found = await graphiti.search_(query, config, group_ids=[project], query_vector=vector)
         if entities:
             return [{"id": node.uuid, "name": node.name, "summary": node.summary} for node in found.nodes], why
         return [
@@ -250,7 +252,9 @@ class Graph:
     async def forget(self, project: str, uuid: str) -> str:
         """Remove a memory with what only it says, or a fact, or an entity; return which it was, "" when it is none."""
         if await self.ask(project, "MATCH (e:Episodic {uuid: $id}) RETURN e.uuid", id=uuid):
-            await self._run(project, (*FORGET, FORGET_EPISODE), uuid)
+            graphiti = await self.project(project)
+            with self._answering():
+                await graphiti.driver.transact([(query, {"id": uuid}) for query in FORGET])
             return "memory"
         for query, what in ((FORGET_FACT, "fact"), (FORGET_ENTITY, "entity")):
             if (rows := await self.ask(project, query, id=uuid)) and rows[0][0]:

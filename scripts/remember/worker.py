@@ -34,6 +34,13 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
 
 
+def fault_of(error: Exception) -> str:
+    """Say whose fault a failure is: "theirs" (nobody answers, for now or for this key), "its own", or "in doubt"."""
+    from .drivers import DOUBTFUL, REFUSED
+
+    return "in doubt" if isinstance(error, DOUBTFUL) else "theirs" if isinstance(error, REFUSED) else "its own"
+
+
 class Worker:
     """Digests up to ``settings.workers`` projects at a time."""
 
@@ -112,7 +119,7 @@ class Worker:
                 await self.queue.release(project, self._token)
 
     async def _digest_all(self, project: str) -> None:
-        failures = 0
+        superseded = 0
         while found := await self.queue.next(project):
             entry, memory = found
             if await self.queue.count(project, entry, "ended") > ENDED:
@@ -120,32 +127,30 @@ class Worker:
                 continue
             try:
                 await self.graph.digest(project, memory)
+            except asyncio.CancelledError:  # an orderly end is not the memory's doing
+                await self.queue.count(project, entry, "ended", -1)
+                raise
             except Superseded:  # forgotten, or being digested by somebody else: the next look tells
-                failures += 1
-                if not await self.queue.renew(project, self._token, self.settings.lease):
-                    return
-                if failures > 1:
+                await self.queue.count(project, entry, "ended", -1)
+                superseded += 1
+                if superseded > 1:
                     await self.queue.rest(project, "its memories are digested by somebody else", self.settings.backoff)
                     return
             except Exception as error:  # noqa: BLE001 -- whatever it is, the memory is kept
+                await self.queue.count(project, entry, "ended", -1)
                 if await self._failed(project, entry, memory, error):
                     return
             else:
-                failures = 0
+                superseded = 0
                 await self.queue.done(project, entry)
-                continue
-            await self.queue.count(project, entry, "ended", -1)
 
     async def _failed(self, project: str, entry: str, memory: Memory, error: Exception) -> bool:
         """Decide on a memory that could not be digested; return whether the project rests now."""
-        from .drivers import DOUBTFUL, REFUSED
-
-        await self.queue.count(project, entry, "ended", -1)
         reason = reason_of(error)
         tries = await self.queue.count(project, entry, "failed")
-        theirs = isinstance(error, REFUSED) and not isinstance(error, DOUBTFUL)
-        fatal = not theirs and tries >= self.settings.attempts
-        if fatal and (not isinstance(error, DOUBTFUL) or await self.graph.model_answers()):
+        fault = "theirs" if isinstance(error, Unavailable) else await asyncio.to_thread(fault_of, error)
+        fatal = fault != "theirs" and tries >= self.settings.attempts
+        if fatal and (fault == "its own" or await self.graph.model_answers()):
             await self.queue.bury(project, entry, memory, reason)
             say(f"{project}: a memory is a dead letter after {tries} tries: {reason}")
             return False
@@ -162,7 +167,7 @@ class Worker:
 async def metrics(queue: Queue) -> None:
     """Report all queues' states to Datadog every minute, from one worker among all, while there is a key."""
     while env("DD_API_KEY"):
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Unavailable):
             if await queue.ask("SET", "memory:reported", "1", "NX", "EX", int(METRICS_SECONDS) - 5):
                 states: dict[str, Any] = {name: await queue.state(name) for name in await queue.projects()}
                 if states and (why := await asyncio.to_thread(observe.report, states)):

@@ -79,6 +79,18 @@ def test_a_session_adds_and_a_later_one_finds(rig: Rig) -> None:
     assert second.close()[0] == 0
 
 
+def test_a_memory_that_was_deleted_from_outside_begins_anew(rig: Rig) -> None:
+    session = Session(rig)
+    for text in ("Pia met Quo.", "Ria met Sam."):
+        session.works("add", text=text)
+        until(lambda: rig.waiting() == 0, "it is digested")
+        assert session.works("search_facts", query=text)["facts"][0]["fact"] == text
+        rig.json("forget", "--everything")
+        assert session.works("search_facts", query=text)["facts"] == []
+    session.close()
+    assert rig.json("dead")["dead"] == []
+
+
 def test_with_nothing_there_every_tool_says_what_is_missing(python: str, tmp_path: Path) -> None:
     alone = Rig.of(python, tmp_path, None, graph=free_port(), queue=free_port(), project="alone")
     session = Session(alone)
