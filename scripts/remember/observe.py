@@ -20,13 +20,13 @@ METRICS_SECONDS = 5.0
 
 def agent_answers() -> bool:
     """Say whether tracing is wanted and a Datadog Agent listens where the environment says."""
-    wanted = "ddtrace" in env("PYTHONPATH") or env("DD_TRACE_AGENT_URL") or env("DD_AGENT_HOST")
-    if not wanted or env("DD_TRACE_ENABLED", "true").lower() in ("0", "false"):
+    url, host = env("DD_TRACE_AGENT_URL"), env("DD_AGENT_HOST")
+    if not (url or host) or env("DD_TRACE_ENABLED", "true").lower() in ("0", "false"):
         return False
-    parts = urlsplit(env("DD_TRACE_AGENT_URL"))
+    parts = urlsplit(url)
     try:
         port = parts.port or int(env("DD_TRACE_AGENT_PORT", "8126"))
-        agent = http.client.HTTPConnection(parts.hostname or env("DD_AGENT_HOST", "localhost"), port, AGENT_SECONDS)
+        agent = http.client.HTTPConnection(parts.hostname or host or "localhost", port, AGENT_SECONDS)
         if parts.scheme == "unix":
             agent.sock = socket.socket(socket.AF_UNIX)
             agent.sock.settimeout(AGENT_SECONDS)
