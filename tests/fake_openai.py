@@ -23,6 +23,7 @@ from typing import Any
 Json = dict[str, Any]
 KEY = "sk-of-a-test"
 MODEL, EMBEDDER = "fake-model", "fake-embedder"
+LATE = -1
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Wrong(Exception):
 class Failure:
     """What to do instead of answering: a status, after so many seconds; ``times`` is how often, 0 for ever.
 
-    Only to requests whose path ends with ``path`` and whose body has ``holding`` in it. A status of 0 hangs up.
+    Only to requests whose path ends with ``path`` and whose body has ``holding`` in it. A status of 0 hangs up, one of
+    LATE answers as it should, only late.
     """
 
     status: int
@@ -326,8 +328,9 @@ class Handler(BaseHTTPRequestHandler):
             if failure.status == 0:
                 self.close_connection = True
                 return
-            self._error(failure.status, "as the test wants it", failure.headers)
-            return
+            if failure.status != LATE:
+                self._error(failure.status, "as the test wants it", failure.headers)
+                return
         if fake.key and self.headers.get("Authorization") != f"Bearer {fake.key}":
             self._error(401, "Incorrect API key provided")
             return

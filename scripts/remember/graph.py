@@ -103,9 +103,11 @@ class Graph:
             raise self.settings.falkordb.missing(error) from error
 
     async def ask(self, project: str, query: str, **params: Any) -> list[list[Any]]:
-        """Run a query and return its rows; a graph that is not there yet has none."""
+        """Run a query and return its rows; a graph that is not there has none, and is not made by being asked."""
         db = await self.connect()
         with self._answering():
+            if not await db.connection.exists(project):
+                return []
             return list((await db.select_graph(project).query(query, params)).result_set)
 
     async def keeps(self) -> bool:
@@ -118,7 +120,9 @@ class Graph:
         """Return Graphiti for a project; the first call imports it, which takes a second or two, in a thread."""
         db = await self.connect()
         async with self._opening:
-            if name not in self._open:
+            with self._answering():
+                there = await db.connection.exists(name)
+            if name not in self._open or not there:  # its indices go with a graph that is deleted
                 # In a thread no loop runs: with one, the driver would make a task of its own that builds indices.
                 graphiti = await asyncio.to_thread(self._build, db, name)
                 with self._answering():
@@ -174,7 +178,6 @@ class Graph:
                 from datetime import datetime
 
                 from graphiti_core.nodes import EpisodeType
-                from redis.exceptions import ResponseError
 
                 graphiti.driver.fence = (CLAIMED, {"id": memory.id, "claim": claim})
                 try:
@@ -183,9 +186,6 @@ class Graph:
                         reference_time=datetime.fromisoformat(memory.at), group_id=project, uuid=memory.id,
                         previous_episode_uuids=earlier,
                     )  # fmt: skip
-                except ResponseError:
-                    self._open.pop(project, None)  # its indices may have gone with a graph that was deleted meanwhile
-                    raise
                 finally:
                     graphiti.driver.fence = None
         return True
@@ -210,15 +210,8 @@ class Graph:
         if vector is None:
             part, words = (config.node_config, NodeSearchMethod) if entities else (config.edge_config, EdgeSearchMethod)
             part.search_methods = [words.bm25]
-        from redis.exceptions import ResponseError
-
         with observe.span("search", project), self._answering():
-            try:
-                found = await graphiti.search_(query, config, group_ids=[project], query_vector=vector)
-            except ResponseError:  # its indices have gone with a graph that was deleted meanwhile
-                self._open.pop(project, None)
-                graphiti = await self.project(project)
-                found = await graphiti.search_(query, config, group_ids=[project], query_vector=vector)
+            found = await graphiti.search_(query, config, group_ids=[project], query_vector=vector)
         if entities:
             return [{"id": node.uuid, "name": node.name, "summary": node.summary} for node in found.nodes], why
         return [
@@ -242,11 +235,7 @@ class Graph:
 
     async def counts(self, project: str) -> dict[str, int]:
         """Return how many memories, entities and facts a project has."""
-        db = await self.connect()
-        with self._answering():
-            if project not in await db.list_graphs():
-                return {"memories": 0, "entities": 0, "facts": 0}
-        rows = await self.ask(project, COUNTS)
+        rows = await self.ask(project, COUNTS) or [[0, 0, 0]]
         return dict(zip(("memories", "entities", "facts"), rows[0], strict=True))
 
     async def forget(self, project: str, uuid: str) -> str:
@@ -265,11 +254,7 @@ class Graph:
         """Delete a project's graph; return whether there was one."""
         db = await self.connect()
         with self._answering():
-            if project not in await db.list_graphs():
-                return False
-            self._open.pop(project, None)
-            await db.select_graph(project).delete()
-        return True
+            return bool(await db.connection.delete(project))
 
     async def close(self) -> None:
         """Close the connections."""

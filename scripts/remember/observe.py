@@ -23,16 +23,17 @@ def agent_answers() -> bool:
     url, host = env("DD_TRACE_AGENT_URL"), env("DD_AGENT_HOST")
     if not (url or host) or env("DD_TRACE_ENABLED", "true").lower() in ("0", "false"):
         return False
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         port = parts.port or int(env("DD_TRACE_AGENT_PORT", "8126"))
-        agent = http.client.HTTPConnection(parts.hostname or host or "localhost", port, AGENT_SECONDS)
-        if parts.scheme == "unix":
-            agent.sock = socket.socket(socket.AF_UNIX)
-            agent.sock.settimeout(AGENT_SECONDS)
-            agent.sock.connect(parts.path)
-        agent.request("GET", "/info")
-        return agent.getresponse().status == http.HTTPStatus.OK
+        agent = http.client.HTTPConnection(parts.hostname or host or "localhost", port, timeout=AGENT_SECONDS)
+        with contextlib.closing(agent):
+            if parts.scheme == "unix":
+                agent.sock = socket.socket(socket.AF_UNIX)
+                agent.sock.settimeout(AGENT_SECONDS)
+                agent.sock.connect(parts.path)
+            agent.request("GET", "/info")
+            return agent.getresponse().status == http.HTTPStatus.OK
     except (OSError, ValueError, http.client.HTTPException):
         return False
 

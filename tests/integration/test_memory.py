@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.fake_openai import Call, FakeOpenAI
+from tests.fake_openai import LATE, Call, FakeOpenAI
 from tests.memories import Rig, until
 from tests.servers import free_port, redis_server
 
@@ -83,6 +83,7 @@ def test_a_fact_that_holds_no_longer_says_until_when(rig: Rig) -> None:
 
 def test_memories_are_digested_in_order_and_projects_beside_each_other(rig: Rig, fake: FakeOpenAI) -> None:
     texts = [f"Step{number} follows Start." for number in range(8)]
+    fake.fail(LATE, after=0.2, times=0, path="/chat/completions", holding="Step")  # long enough for all workers to come
     add(rig, *texts)
     other = {**rig.env, "MEMORY_PROJECT": f"{rig.env['MEMORY_PROJECT']}-other"}
     apart = Rig(rig.python, rig.cwd, other)
@@ -90,7 +91,7 @@ def test_memories_are_digested_in_order_and_projects_beside_each_other(rig: Rig,
     add(apart, "Stuck1 waits.")
     workers = [rig.start("work") for _ in range(3)]
     until(lambda: rig.waiting() == 0, "a project is digested while another one's model hangs")
-    assert [text for text in entered(fake) if "Step" in text] == texts
+    assert [text for text in entered(fake) if "Step" in text] == texts, "each once, in order, whoever did it"
     assert rig.texts() == texts
     fake.lift(hanging)
     for worker in workers:
@@ -98,7 +99,7 @@ def test_memories_are_digested_in_order_and_projects_beside_each_other(rig: Rig,
     assert [worker.wait(20) for worker in workers] == [0, 0, 0]
 
 
-def test_the_same_memory_is_added_once(rig: Rig) -> None:
+def test_the_same_memory_is_added_once(rig: Rig, fake: FakeOpenAI) -> None:
     (known,) = add(rig, "Erin writes Rust.")
     assert rig.json("add", "Erin writes Rust.", "--id", known)["state"] == "already known"
     rig.run("work", "--once")
@@ -106,6 +107,7 @@ def test_the_same_memory_is_added_once(rig: Rig) -> None:
     words = ("id", known, "text", "Erin writes Rust.", "at", "2026-01-01T00:00:00+00:00", "about", "")
     rig.redis("VALKEY", "XADD", rig.key("queue"), "*", *words)
     rig.run("work", "--once")
+    assert entered(fake) == ["Erin writes Rust."], "the model is asked once"
     assert rig.json("status")["graph"] == {"memories": 1, "entities": 2, "facts": 1}
     exported = rig.run("export").stdout
     assert rig.run("import", "-", "--json", given=exported).said["known"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 import threading
@@ -15,7 +16,7 @@ import pytest
 
 from tests.fake_openai import FakeOpenAI
 from tests.memories import Rig, Session, kept, until
-from tests.servers import free_port, silent_server
+from tests.servers import free_port, http_server, silent_server
 
 pytestmark = pytest.mark.server
 TOOLS = {"add", "search_facts", "search_entities", "recent_memories", "forget"}
@@ -88,6 +89,9 @@ def test_a_memory_that_was_deleted_from_outside_begins_anew(rig: Rig) -> None:
         rig.json("forget", "--everything")
         assert session.works("search_facts", query=text)["facts"] == []
     session.close()
+    query = "CALL db.indexes() YIELD label RETURN count(label)"
+    indices = rig.redis("FALKORDB", "GRAPH.RO_QUERY", rig.env["MEMORY_PROJECT"], query)
+    assert indices[1][0][0] > 3, "they are made anew, too"
     assert rig.json("dead")["dead"] == []
 
 
@@ -183,13 +187,30 @@ def test_where_an_agent_answers_the_work_is_traced(rig: Rig) -> None:
     assert b"openai" in spans
 
 
-@pytest.mark.parametrize("agent", ["nobody", "silent"])
-def test_without_an_agent_nothing_is_traced_and_nothing_waits(rig: Rig, agent: str) -> None:
+def test_an_agent_is_asked_before_anything_is_traced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    observe: Any = importlib.import_module("remember.observe")
+    for name in ("DD_TRACE_AGENT_URL", "DD_AGENT_HOST", "DD_TRACE_ENABLED"):
+        monkeypatch.delenv(name, raising=False)
+    assert not observe.agent_answers()
+    with collector() as (port, _), silent_server() as silent:
+        for url, answers in {
+            f"http://127.0.0.1:{port}": True, f"http://127.0.0.1:{silent}": False,
+            f"http://127.0.0.1:{free_port()}": False, f"unix://{tmp_path}/nobody": False, "http://[": False,
+        }.items():  # fmt: skip
+            monkeypatch.setenv("DD_TRACE_AGENT_URL", url)
+            assert observe.agent_answers() == answers, url
+        monkeypatch.setenv("DD_TRACE_AGENT_URL", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("DD_TRACE_ENABLED", "false")
+        assert not observe.agent_answers()
+    with http_server(lambda _path, _headers: (200, b"{}"), unix=str(tmp_path / "agent")):
+        monkeypatch.setenv("DD_TRACE_ENABLED", "true")
+        monkeypatch.setenv("DD_TRACE_AGENT_URL", f"unix://{tmp_path}/agent")
+        assert observe.agent_answers()
+
+
+def test_without_an_agent_nothing_is_traced(rig: Rig) -> None:
     rig.json("add", "Nat met Olu.")
-    with silent_server() as silent:
-        port = silent if agent == "silent" else free_port()
-        env = {"DD_AGENT_HOST": "127.0.0.1", "DD_TRACE_AGENT_PORT": str(port)}
-        done = rig.run("work", "--once", **env)
-    assert done.code == 0
+    done = rig.run("work", "--once", DD_AGENT_HOST="127.0.0.1", DD_TRACE_AGENT_PORT=str(free_port()))
+    assert (done.code, done.stderr) == (0, "")
     assert (rig.waiting(), rig.count("Episodic")) == (0, 1)
-    assert "ddtrace" not in done.stderr or agent == "silent"
