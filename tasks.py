@@ -188,7 +188,7 @@ def doctor(context: Context, engine: str = "") -> None:
         diagnosis.doctor(settings)
 
 
-@task(help={"only": "one of list, cold (sizes and rebuilds too), start and backup", **ENGINE})
+@task(help={"only": "one of list, cold (sizes and rebuilds too), start, backup and memory", **ENGINE})
 def bench(context: Context, only: str = "", engine: str = "", dry_run: bool = False) -> None:
     """Measure against the naive way, side by side, and write the ratios to build/bench.json."""
     from bench import measure
