@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import openai
@@ -16,10 +15,8 @@ from graphiti_core.llm_client.openai_generic_client import OpenAIGenericClient
 from redis.exceptions import ConnectionError, OutOfMemoryError, ReadOnlyError, TimeoutError  # noqa: A004
 from tenacity import stop_after_attempt
 
-from .graph import Superseded
+from .graph import Query, Superseded, as_one
 from .settings import Settings, Unavailable
-
-Query = tuple[str, dict[str, Any]]
 
 REFUSED = (
     openai.APIConnectionError, openai.RateLimitError, openai.AuthenticationError, openai.PermissionDeniedError,
@@ -67,20 +64,9 @@ class Driver(FalkorDriver):  # type: ignore[misc]
         return Session(self)
 
     async def transact(self, queries: list[Query]) -> None:
-        """Run queries as one: all of them are in the graph, and in its append-only file, or none.
-
-        FalkorDB takes a query back when it fails, and logs it whole. (MULTI would do both too, but a server that loads
-        MULTI from its file ends itself when a client connects meanwhile: seen with Redis 8.2.3 and FalkorDB 4.16.3.)
-        Raises Superseded when the fence finds nothing.
-        """
-        match, params = self.fence or ("WITH 1 AS held", {})
-        whole, given = match, dict(params)
-        for number, (query, values) in enumerate(queries):
-            inner = re.sub(r"\$(\w+)", rf"$q{number}_\1", re.sub(r"\bRETURN [^{}]*\Z", "", query))
-            whole += f"\nCALL {{ {inner} RETURN count(*) AS c{number} }}"
-            given |= {f"q{number}_{name}": value for name, value in values.items()}
-        found = await self.execute_query(f"{whole}\nRETURN 1", **given)
-        if not found[0]:
+        """Run queries as one. Raises Superseded when the fence finds nothing."""
+        query, params = as_one(queries, *(self.fence or ()))
+        if not (await self.execute_query(query, **params))[0]:
             raise Superseded
 
 

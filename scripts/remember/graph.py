@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import secrets
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import observe
@@ -63,6 +65,23 @@ DETACH DELETE n
 )
 FORGET_FACT = "MATCH (:Entity)-[r:RELATES_TO {uuid: $id}]->(:Entity) DELETE r RETURN count(r)"
 FORGET_ENTITY = "MATCH (n:Entity {uuid: $id}) DETACH DELETE n RETURN count(n)"
+
+
+Query = tuple[str, dict[str, Any]]
+
+
+def as_one(queries: Sequence[Query], fence: str = "WITH 1 AS held", params: Mapping[str, Any] = {}) -> Query:
+    """Return one query of several: FalkorDB takes it whole or not at all, and logs it whole; done, it has a row.
+
+    ``fence`` begins it: where that finds nothing, nothing is done. (MULTI would be whole too, but a server that loads
+    MULTI from its append-only file ends itself when a client connects meanwhile: seen with FalkorDB 4.16.3.)
+    """
+    whole, given = fence, dict(params)
+    for number, (query, values) in enumerate(queries):
+        inner = re.sub(r"\$(\w+)", rf"$q{number}_\1", re.sub(r"\bRETURN [^{}]*\Z", "", query))
+        whole += f"\nCALL {{ {inner} RETURN count(*) AS c{number} }}"
+        given |= {f"q{number}_{name}": value for name, value in values.items()}
+    return f"{whole}\nRETURN 1", given
 
 
 class Superseded(Exception):
@@ -241,9 +260,8 @@ class Graph:
     async def forget(self, project: str, uuid: str) -> str:
         """Remove a memory with what only it says, or a fact, or an entity; return which it was, "" when it is none."""
         if await self.ask(project, "MATCH (e:Episodic {uuid: $id}) RETURN e.uuid", id=uuid):
-            graphiti = await self.project(project)
-            with self._answering():
-                await graphiti.driver.transact([(query, {"id": uuid}) for query in FORGET])
+            query, params = as_one([(query, {"id": uuid}) for query in FORGET])
+            await self.ask(project, query, **params)
             return "memory"
         for query, what in ((FORGET_FACT, "fact"), (FORGET_ENTITY, "entity")):
             if (rows := await self.ask(project, query, id=uuid)) and rows[0][0]:
