@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 from collections import Counter
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 from backup_lib import manifest
 from backup_lib.crc64 import crc64
+from backup_lib.master import Master
 
 from tests.backups import NO_DELAY, NODES, SERVER_PASSWORD, World, client, until, world
 from tests.servers import redis_server
@@ -331,6 +333,30 @@ def test_a_restore_that_is_interrupted_loses_nothing(here: World, number: int) -
         here.backup("restore", "--replace", "--only", "valkey").ok()  # frees what the killed one has left a replica
         assert server.dbsize() == 80
         assert server.info("replication")["role"] == "master"
+
+
+def test_nobody_else_is_sent_the_data_while_a_restore_offers_it(tmp_path: Path) -> None:
+    (tmp_path / "rdb").write_bytes(b"precious")
+    master = Master(tmp_path / "rdb", "127.0.0.1", 0)
+    try:
+        for said in (
+            b"PSYNC ? -1\r\n",
+            f"AUTH {master.user} guess\r\nPSYNC ? -1\r\n".encode(),
+            b"*1\r\n$4\r\nSYNC\r\n",
+        ):
+            with socket.create_connection(("127.0.0.1", master.port), 10) as stranger:
+                stranger.sendall(said)
+                heard = b"".join(iter(lambda one=stranger: one.recv(4096), b""))  # type: ignore[misc]
+                assert heard in (b"", b"-WRONGPASS no\r\n")
+        with socket.create_connection(("127.0.0.1", master.port), 10) as known:
+            known.sendall(f"AUTH {master.user} {master.password}\r\nPSYNC ? -1\r\n".encode())
+            with known.makefile("rb") as lines:
+                assert lines.readline() == b"+OK\r\n"
+                assert lines.readline().startswith(b"+FULLRESYNC ")
+                assert (lines.readline(), lines.read(8)) == (b"$8\r\n", b"precious")
+    finally:
+        master.close()
+    assert master.sent == 8
 
 
 def test_a_server_that_goes_away_or_stalls_is_named(here: World) -> None:

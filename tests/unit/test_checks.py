@@ -42,7 +42,13 @@ def test_the_calls_of_the_linters() -> None:
         "ruff format": [*python, "ruff", "format", "--quiet", "--diff", "."],
         "mypy --strict": [*python, "mypy"],
         "hadolint": [str(Path(sys.executable).with_name("hadolint")), "--no-color", "Containerfile"],
-        "shellcheck": [str(Path(sys.executable).with_name("shellcheck")), "inv", "scripts/health", ".ci/run"],
+        "shellcheck": [
+            str(Path(sys.executable).with_name("shellcheck")),
+            "inv",
+            "scripts/backup-cron",
+            "scripts/health",
+            ".ci/run",
+        ],
     }
 
 
