@@ -9,8 +9,11 @@ import os
 import shutil
 import signal
 import socket
+import socketserver
+import ssl
 import subprocess
 import sys
+import threading
 import time
 import venv
 from collections.abc import Callable, Iterator
@@ -132,6 +135,44 @@ def kept(home: Path, *, graph: bool = False, port: int = 0) -> Iterator[Kept]:
         yield database
     finally:
         database.kill()
+
+
+@contextlib.contextmanager
+def tls(home: Path, port: int) -> Iterator[int]:
+    """Speak TLS with the certificate in ``home`` in front of a port, and yield the port of that."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(home / "ca.pem", home / "key.pem")
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with (
+                contextlib.suppress(OSError),
+                context.wrap_socket(self.request, server_side=True) as outer,
+                socket.create_connection(("127.0.0.1", port)) as inner,
+            ):
+                outer.settimeout(0.02)
+                inner.settimeout(0.02)
+                while True:
+                    for one, other in ((outer, inner), (inner, outer)):
+                        with contextlib.suppress(TimeoutError):
+                            data = one.recv(65536)
+                            if not data:
+                                return
+                            other.settimeout(None)
+                            other.sendall(data)
+                            other.settimeout(0.02)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield int(server.server_address[1])
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @dataclass(frozen=True)

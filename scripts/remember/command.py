@@ -30,7 +30,16 @@ variables, with their defaults (docs/memory.md says more):
   MEMORY_PROJECT, MEMORY_WORKERS (2), MEMORY_CONCURRENCY (5), MEMORY_ATTEMPTS (4), MEMORY_TIMEOUT (120),
   MEMORY_BACKOFF (2), MEMORY_LEASE (30)"""
 
+MOST = 1000
+
 CODES: dict[type[Exception], int] = {Refused: 65, NotFound: 66, Unavailable: 69, WrongSetting: 78}
+
+
+def _limit(text: str) -> int:
+    """Return how many at most. Raises argparse's error."""
+    if not text.isdecimal() or not 0 < int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to {MOST}")
+    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,8 +62,8 @@ def parser() -> argparse.ArgumentParser:
     search = command("search", "search facts")
     search.add_argument("query")
     search.add_argument("--entities", action="store_true", help="search entities instead")
-    search.add_argument("--limit", type=int, default=10)
-    command("episodes", "list the newest memories, word for word").add_argument("--limit", type=int, default=10)
+    search.add_argument("--limit", type=_limit, default=10)
+    command("episodes", "list the newest memories, word for word").add_argument("--limit", type=_limit, default=10)
     forget = command("forget", "forget a memory, a fact or an entity")
     which = forget.add_mutually_exclusive_group(required=True)
     which.add_argument("id", nargs="?", default="", help="as the other commands show it")
@@ -187,12 +196,12 @@ def main() -> int:
         return asyncio.run(_main(options))
     except KeyboardInterrupt:
         return 130
-    except tuple(CODES) as error:
+    except (*CODES,) as error:
         print(
             json.dumps({"error": str(error)}) if getattr(options, "json", False) else f"memory: {error}",
             file=sys.stderr,
         )
-        return CODES[type(error)]
+        return next(code for kind, code in CODES.items() if isinstance(error, kind))
 
 
 def run() -> None:

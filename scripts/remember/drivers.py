@@ -12,15 +12,14 @@ from graphiti_core.llm_client import LLMConfig, OpenAIClient
 from graphiti_core.llm_client.client import LLMClient
 from graphiti_core.llm_client.errors import RateLimitError
 from graphiti_core.llm_client.openai_generic_client import OpenAIGenericClient
-from redis.exceptions import ConnectionError, OutOfMemoryError, ReadOnlyError, TimeoutError  # noqa: A004
 from tenacity import stop_after_attempt
 
 from .graph import Query, Superseded, as_one
-from .settings import Settings, Unavailable
+from .settings import Settings
 
 REFUSED = (
     openai.APIConnectionError, openai.RateLimitError, openai.AuthenticationError, openai.PermissionDeniedError,
-    openai.NotFoundError, RateLimitError, ConnectionError, TimeoutError, OutOfMemoryError, ReadOnlyError, Unavailable,
+    openai.NotFoundError, RateLimitError,
 )  # fmt: skip
 """Failures that say nothing of the memory: nobody answers, not now, not for this key, or there is no such model."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from . import observe
 from .queue import Memory
-from .settings import Settings, Unavailable
+from .settings import Refusing, Settings, Unavailable
 
 CONTEXT = 10
 """How many earlier memories Graphiti shows the model beside a new one; it is its own default too."""
@@ -114,12 +114,18 @@ class Graph:
 
     @contextlib.contextmanager
     def _answering(self) -> Any:
-        from redis.exceptions import AuthenticationError, BusyLoadingError, ConnectionError, TimeoutError  # noqa: A004
+        from redis.exceptions import ConnectionError, ResponseError, TimeoutError  # noqa: A004
 
         try:
             yield
-        except (AuthenticationError, BusyLoadingError, ConnectionError, TimeoutError, OSError) as error:
+        except (ConnectionError, TimeoutError, OSError) as error:  # a wrong password and a server that loads among them
             raise self.settings.falkordb.missing(error) from error
+        except ResponseError as error:
+            said = str(error).partition(" errCtx")[0][:200]  # what follows quotes the query, and so what is remembered
+            where = f"FalkorDB at {self.settings.falkordb.host}:{self.settings.falkordb.port}"
+            if "unknown command" in said:
+                raise Unavailable(f"{where} is a server without FalkorDB's graph module; see FALKORDB_PORT") from error
+            raise Refusing(f"{where} refuses: {said}") from error
 
     async def ask(self, project: str, query: str, **params: Any) -> list[list[Any]]:
         """Run a query and return its rows; a graph that is not there has none, and is not made by being asked."""
@@ -167,9 +173,11 @@ class Graph:
             max_coroutines=self.settings.concurrency,
         )
 
-    async def model_answers(self) -> bool:
-        """Ask the model and the embedder for one word each: whether it is them or a memory that is at fault."""
+    async def answers(self) -> bool:
+        """Say whether FalkorDB, the model and the embedder do something small: then a memory is at fault, not they."""
         try:
+            db = await self.connect()
+            await db.connection.set("memory:asked", 1, ex=60)
             await self._model.ping()
         except Exception:  # noqa: BLE001 -- whatever it is, it does not answer
             return False

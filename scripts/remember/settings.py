@@ -23,6 +23,10 @@ class Unavailable(Exception):
     """Something that this needs is not there; the message says what, and which variable sets it."""
 
 
+class Refusing(Unavailable):
+    """FalkorDB answers, with an error: it is the wrong server, full or overloaded, or what it was asked is wrong."""
+
+
 def env(name: str, default: str = "") -> str:
     """Return a variable; an empty one is not set: compose hands on as empty what its user left out."""
     return os.environ.get(name) or default

@@ -14,7 +14,7 @@ from typing import Any
 from . import observe
 from .graph import Graph, Superseded
 from .queue import Memory, Queue
-from .settings import Settings, Unavailable, env
+from .settings import Refusing, Settings, Unavailable, env
 
 LOOK_SECONDS = 5.0
 """How often a worker looks for what nobody woke it for: leases that ran out, projects that have rested."""
@@ -36,6 +36,8 @@ def reason_of(error: BaseException) -> str:
 
 def fault_of(error: Exception) -> str:
     """Say whose fault a failure is: "theirs" (nobody answers, for now or for this key), "its own", or "in doubt"."""
+    if isinstance(error, Unavailable):
+        return "in doubt" if isinstance(error, Refusing) else "theirs"
     from .drivers import DOUBTFUL, REFUSED
 
     return "in doubt" if isinstance(error, DOUBTFUL) else "theirs" if isinstance(error, REFUSED) else "its own"
@@ -114,7 +116,7 @@ class Worker:
             work.cancel()
             for outcome in await asyncio.gather(work, return_exceptions=True):
                 if isinstance(outcome, Exception):
-                    say(f"{project}: {reason_of(outcome)}")
+                    say(f"{project}: {type(outcome).__name__}")
             with contextlib.suppress(Exception):
                 await self.queue.release(project, self._token)
 
@@ -148,15 +150,15 @@ class Worker:
         """Decide on a memory that could not be digested; return whether the project rests now."""
         reason = reason_of(error)
         tries = await self.queue.count(project, entry, "failed")
-        fault = "theirs" if isinstance(error, Unavailable) else await asyncio.to_thread(fault_of, error)
+        fault = await asyncio.to_thread(fault_of, error)  # Graphiti may not be imported yet
         fatal = fault != "theirs" and tries >= self.settings.attempts
-        if fatal and (fault == "its own" or await self.graph.model_answers()):
+        if fatal and (fault == "its own" or await self.graph.answers()):
             await self.queue.bury(project, entry, memory, reason)
-            say(f"{project}: a memory is a dead letter after {tries} tries: {reason}")
+            say(f"{project}: a memory is a dead letter after {tries} tries: {type(error).__name__}")
             return False
         pause = self._pause(tries, LONGEST_REST_SECONDS)
         await self.queue.rest(project, reason, pause)
-        say(f"{project}: try {tries} failed, again in {pause:.0f} s: {reason}")
+        say(f"{project}: try {tries} failed, again in {pause:.0f} s: {type(error).__name__}")
         return True
 
     def _pause(self, tries: int, most: float) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.fake_openai import LATE, Call, FakeOpenAI
-from tests.memories import Rig, until
+from tests.memories import Rig, tls, until
 from tests.servers import free_port, redis_server
 
 pytestmark = pytest.mark.server
@@ -131,12 +131,12 @@ def test_export_and_import_move_a_memory(rig: Rig) -> None:
 
 
 OUTAGES: dict[str, dict[str, Any]] = {
-    "rate limit": {"status": 429, "headers": {"Retry-After": "0"}},
+    "rate limit": {"status": 429, "headers": {"Retry-After-Ms": "5"}},
     "wrong key": {"status": 401},
     "no such model": {"status": 404},
-    "out of order": {"status": 503, "headers": {"Retry-After": "0"}},
+    "out of order": {"status": 503, "headers": {"Retry-After-Ms": "5"}},
     "hangs up": {"status": 0},
-    "embeddings": {"status": 500, "path": "/embeddings", "headers": {"Retry-After": "0"}},
+    "embeddings": {"status": 500, "path": "/embeddings", "headers": {"Retry-After-Ms": "5"}},
 }
 
 
@@ -165,7 +165,7 @@ def test_a_model_that_is_out_costs_nothing(rig: Rig, fake: FakeOpenAI) -> None:
 
 @pytest.mark.parametrize("status", [400, 500])
 def test_what_cannot_be_digested_is_a_dead_letter(rig: Rig, fake: FakeOpenAI, status: int) -> None:
-    poison = fake.fail(status, times=0, holding="Poison", headers={"Retry-After": "0"})
+    poison = fake.fail(status, times=0, holding="Poison", headers={"Retry-After-Ms": "5"})
     ids = add(rig, "Leo drinks Milk.", "Mia drinks Poison.", "Nina drinks Water.")
     rig.run("work", "--once", MEMORY_ATTEMPTS="2")
     (dead,) = rig.json("dead")["dead"]
@@ -292,6 +292,7 @@ def test_what_is_missing_is_said_with_the_variable_that_sets_it(rig: Rig, python
         (["add", "x", "--id", "5"], {}, 65, "UUID"),
         (["import", "/nowhere"], {}, 65, "/nowhere"),
         (["status"], {"FALKORDB_PORT": "tcp://10.0.0.1:6379"}, 78, "FALKORDB_PORT"),
+        (["search", "x", "--limit", "0"], {}, 64, "from 1 to"),
         (["status"], {"MEMORY_WORKERS": "many"}, 78, "MEMORY_WORKERS"),
         (["status"], {"MEMORY_PROJECT": "a b"}, 78, "MEMORY_PROJECT"),
         (["status"], {"MEMORY_MODEL_API": "telepathy"}, 78, "MEMORY_MODEL_API"),
@@ -302,6 +303,33 @@ def test_mistakes_have_a_sentence_and_a_code(
 ) -> None:
     done = rig.run(*words, **env)
     assert (done.code, sentence in done.stderr) == (code, True), done
+
+
+def test_a_server_that_is_no_falkordb_is_named_and_costs_nothing(rig: Rig) -> None:
+    add(rig, "Zed met Abe.")
+    rig.start("work", pipe=subprocess.DEVNULL, FALKORDB_PORT=rig.env["VALKEY_PORT"], MEMORY_ATTEMPTS="1")
+    said = until(lambda: rig.redis("VALKEY", "GET", rig.key("rest")), "the queue says why it rests")
+    assert "without FalkorDB's graph module" in said
+    assert (rig.waiting(), rig.redis("VALKEY", "XLEN", rig.key("dead"))) == (1, 0)
+    done = rig.run("search", "x", FALKORDB_PORT=rig.env["VALKEY_PORT"])
+    assert (done.code, "FALKORDB_PORT" in done.stderr) == (69, True)
+
+
+def test_tls_is_spoken_and_the_certificate_is_checked(rig: Rig, tmp_path: Path) -> None:
+    words = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    files = ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "ca.pem")]
+    subprocess.run(["openssl", *words, *names, *files], check=True, capture_output=True)
+    with tls(tmp_path, int(rig.env["FALKORDB_PORT"])) as graph, tls(tmp_path, int(rig.env["VALKEY_PORT"])) as queue:
+        env = {"FALKORDB_HOST": "localhost", "FALKORDB_PORT": str(graph), "FALKORDB_TLS": "true"}
+        env |= {"VALKEY_HOST": "localhost", "VALKEY_PORT": str(queue), "VALKEY_TLS": "1"}
+        trusted = {**env, "SSL_CERT_FILE": str(tmp_path / "ca.pem")}
+        assert rig.json("add", "Bea met Cal.", **trusted)["state"] == "queued"
+        rig.run("work", "--once", **trusted)
+        assert rig.json("search", "bea", **trusted)["facts"]
+        assert len(rig.json("status", **env)["problems"]) == 2, "nobody vouches for that certificate"
+        by_address = {**trusted, "FALKORDB_HOST": "127.0.0.1", "VALKEY_HOST": "127.0.0.1"}
+        assert len(rig.json("status", **by_address)["problems"]) == 2, "it is for another name"
 
 
 @pytest.mark.parametrize("api", ["responses", "json"])
