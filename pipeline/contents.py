@@ -36,7 +36,7 @@ def find(engine: Engine, reference: str, ours: str = "") -> dict[str, Any]:
 
 def look_argv(engine: Engine, image: str, name: str, *, files: bool) -> list[str]:
     """Return what runs inventory.py in a container of ``image``, an ID: it may read every file, and do nothing else."""
-    closed = ["--network", "none", "--read-only", "--cap-drop", "all", "--cap-add", "DAC_READ_SEARCH", "--user", "0"]
+    closed = ["--network", "none", "--cap-drop", "all", "--cap-add", "DAC_READ_SEARCH", "--user", "0"]
     words = ["run", "--rm", "--name", name, *engine.limits, *closed, "--no-healthcheck"]
     words += ["--entrypoint", "/usr/bin/python3", image, "-S", "-I", "-c", INVENTORY]
     return engine.argv(*words, *(["files"] if files else []))

@@ -105,7 +105,7 @@ def secrets_in(content: bytes) -> list[str]:
 
 def assigned_in(content: bytes, value: re.Pattern[bytes]) -> list[str]:
     """Return the names that say that theirs is a secret, and have such a ``value`` in ``content``."""
-    found = [match for match in ASSIGNED.finditer(content) if value.fullmatch(match[2]) and not secrets_in(match[2])]
+    found = [match for match in ASSIGNED.finditer(content) if value.fullmatch(match[2]) and not secrets_in(match[0])]
     return [f"{match[1].decode(errors='replace')}=" for match in found]
 
 

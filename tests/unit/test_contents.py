@@ -80,7 +80,7 @@ def test_an_image_is_looked_into_by_its_own_python_without_a_network(use: Callab
     name = argv[argv.index("--name") + 1]
     assert name.startswith("opencode-server-contents-")
     assert argv == [
-        *("/d", "run", "--rm", "--name", name, "--network", "none", "--read-only"),
+        *("/d", "run", "--rm", "--name", name, "--network", "none"),
         *("--cap-drop", "all", "--cap-add", "DAC_READ_SEARCH", "--user", "0", "--no-healthcheck"),
         *("--entrypoint", "/usr/bin/python3", "sha256:i", "-S", "-I", "-c", contents.INVENTORY),
     ]
