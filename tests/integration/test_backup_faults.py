@@ -262,7 +262,8 @@ def test_a_damaged_database_is_kept_aside_and_replaced(here: World) -> None:
     here.backup("restore", "--only", "opencode").failed("TargetNotEmpty")
     here.backup("restore", "--only", "opencode", "--replace").ok()
     assert here.rows() == 200
-    assert here.database.with_name("opencode.db.damaged").read_bytes() == damaged
+    [kept] = [path for path in here.auth.parent.glob("opencode.db.damaged-*") if path.name.endswith("Z")]
+    assert kept.read_bytes() == damaged
 
 
 def test_a_restore_that_does_not_compare_puts_everything_back(here: World) -> None:

@@ -111,6 +111,11 @@ def test_crons_table_signals_and_holds_nothing_else() -> None:
             schedule.crontab(bad, 7)
 
 
+def test_without_the_capabilities_that_cron_needs_nothing_is_started() -> None:
+    assert schedule.missing_capabilities("CapPrm:\t00\nCapEff:\t00000000000000c0\n") == []
+    assert schedule.missing_capabilities("CapPrm:\tff\nCapEff:\t0000000000000000\n") == ["CAP_SETGID", "CAP_SETUID"]
+
+
 def test_a_manifest_that_was_changed_is_noticed() -> None:
     import json
 
