@@ -116,6 +116,11 @@ def look(copied: Copy, there: Settings) -> bool:
     return any(path.is_file() and path.read_bytes() != content for path, _, content in members(copied.path, there))
 
 
+def readable(version: int, reads: int) -> bool:
+    """Say whether a server that writes RDBs of version ``reads`` loads one of ``version``."""
+    return version <= reads and not FOREIGN < version < VALKEY <= reads
+
+
 def _look_at_server(copied: Copy, there: Settings) -> bool:
     target, facts = there.servers[copied.part], copied.facts
     version = rdb.look(copied.path).version
@@ -129,7 +134,7 @@ def _look_at_server(copied: Copy, there: Settings) -> bool:
         reads = servers.rdb_version(client)
         modules = servers.versions(client)["modules"]
     remedy = "Nothing was changed. Restore to a server at least as new as the one that was backed up."
-    if version > reads or FOREIGN < version < VALKEY <= reads:
+    if not readable(version, reads):
         raise TargetTooOld(f"{target} reads RDB {reads}, and this is RDB {version}", remedy)
     for name, number in facts["modules"].items():
         if modules.get(name, -1) < number:

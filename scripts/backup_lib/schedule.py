@@ -38,7 +38,7 @@ def crontab(schedule: str, pid: int) -> str:
 
 
 def missing_capabilities(status: str) -> list[str]:
-    """Return what cron needs and ``/proc/self/status`` says that we do not have: without them it does nothing, silently."""
+    """Return what ``/proc/self/status`` says that we lack: without them cron starts nothing, and says nothing."""
     held = int(status.split("CapEff:")[1].split(maxsplit=1)[0], 16)
     return [name for name, bit in CAPABILITIES.items() if not held >> bit & 1]
 
