@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bench.ratio import Ratio
-from pipeline import base, ca, process
+from pipeline import base, ca, host, process
 from pipeline.container import Server, running, wait_ready
 from pipeline.engine import Engine
 from pipeline.errors import BuildFailed, NoSuchImage, SettingRefused
@@ -30,12 +30,12 @@ OURS = "opencode-server-bench"
 
 
 def bench(settings: Settings, engine: Engine, *, only: str = "", dry_run: bool = False) -> list[Ratio]:
-    """Run the benchmark named in ``only`` (list, cold, start or backup; all when empty); write ``build/bench.json``.
+    """Run the benchmark named in ``only`` (list, cold, start, backup, memory; empty is all); write build/bench.json.
 
     Raises SettingRefused when there is none of that name, NoSuchImage when there is no candidate to start.
     """
     parts: dict[str, Callable[[Settings, Engine], list[Ratio]]]
-    parts = {"list": listing, "cold": cold, "start": start, "backup": backup}
+    parts = {"list": listing, "cold": cold, "start": start, "backup": backup, "memory": remembering}
     chosen = [name for name in parts if only in ("", name)]
     if not chosen:
         raise SettingRefused(f"there is no benchmark {only}", f"There are {', '.join(parts)}.")
@@ -133,6 +133,27 @@ def start(settings: Settings, engine: Engine) -> list[Ratio]:
                 ours.append(container.ready_seconds)
     against = "bare opencode serve, no container"
     return [Ratio("time to healthy", against, "s", statistics.median(ours), statistics.median(theirs), 1.15)]
+
+
+def remembering(_settings: Settings, _engine: Engine) -> list[Ratio]:
+    """Measure the memory against graphiti-core called directly; only the fake model and FalkorDB are in its times."""
+    host.ensure_dev_tools()
+    from bench import memory
+
+    found = memory.measure()
+    naive = "an MCP server that imports Graphiti first"
+    directly = "Graphiti's add_episode"
+    ms = {name: value * 1000 for name, value in found.items()}
+    rows = [
+        ("MCP server: start to initialize", naive, "ms", ms["initialize ours"], ms["initialize naive"], 0.6),
+        ("MCP server: idle", naive, "MB", found["megabytes ours"], found["megabytes naive"], 0.6),
+        ("adding a memory to the queue", directly, "ms", 1000 / found["adds per second"], ms["digest theirs"], 0.05),
+        ("digesting a memory", directly, "ms", ms["digest ours"], ms["digest theirs"], 1.1),
+    ]
+    for count in memory.COUNTS:
+        ours, theirs = ms[f"search {count} ours"], ms[f"search {count} theirs"]
+        rows.append((f"search among {count:,} facts", "Graphiti's search", "ms", ours, theirs, 1.1))
+    return [Ratio(*row) for row in rows]
 
 
 def _bare(program: Path, home: Path, settings: Settings) -> float:
