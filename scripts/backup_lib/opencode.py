@@ -7,6 +7,7 @@ import sqlite3
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -198,23 +199,22 @@ def same_pages(one: Path, other: Path) -> bool:
     return True
 
 
-ASIDE = ".damaged"
 SUFFIXES = ("", "-wal", "-shm", "-journal")
 
 
 def set_aside(database: Path) -> Path:
     """Move a damaged database and what belongs to it out of the way; return its new name."""
-    kept = database.with_name(f"{database.name}{ASIDE}")
+    kept = database.with_name(f"{database.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
     for suffix in SUFFIXES:
         with contextlib.suppress(FileNotFoundError):
             database.with_name(database.name + suffix).replace(f"{kept}{suffix}")
     return kept
 
 
-def put_aside_back(database: Path) -> None:
-    """Remove a database, and have the damaged one back if there was one."""
-    kept = database.with_name(f"{database.name}{ASIDE}")
+def put_aside_back(database: Path, kept: Path | None) -> None:
+    """Remove a database, and have back what was set aside for it."""
     for suffix in SUFFIXES:
         database.with_name(database.name + suffix).unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
-            Path(f"{kept}{suffix}").replace(database.with_name(database.name + suffix))
+            if kept:
+                Path(f"{kept}{suffix}").replace(database.with_name(database.name + suffix))

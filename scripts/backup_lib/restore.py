@@ -67,12 +67,11 @@ def restore(settings: Settings, request: Request) -> dict[str, Any]:
             say(f"restore {chosen.id}: would replace {', '.join(held) or 'nothing'}, and restore {', '.join(parts)}")
             return {"id": chosen.id, "parts": parts, "replaces": held}
         safety = take_safety(there, held, scratch)
-        _put_all(copies, there, scratch, safety)
+        _put_all(copies, there, safety)
     seconds = round(time.monotonic() - began, 2)
-    say(
-        f"restore {chosen.id}: done in {seconds:g} s, compared and equal" + (f"; before it: {safety}" if safety else "")
-    )
-    return {"id": chosen.id, "parts": parts, "safety": safety, "seconds": seconds}
+    saved = f"; before it: {safety.id}" if safety.id else ""
+    say(f"restore {chosen.id}: done in {seconds:g} s, compared and equal{saved}")
+    return {"id": chosen.id, "parts": parts, "safety": safety.id, "seconds": seconds}
 
 
 def _usual(settings: Settings, request: Request) -> tuple[str, ...]:
@@ -117,6 +116,11 @@ def look(copied: Copy, there: Settings) -> bool:
     return any(path.is_file() and path.read_bytes() != content for path, _, content in members(copied.path, there))
 
 
+def readable(version: int, reads: int) -> bool:
+    """Say whether a server that writes RDBs of version ``reads`` loads one of ``version``."""
+    return version <= reads and not FOREIGN < version < VALKEY <= reads
+
+
 def _look_at_server(copied: Copy, there: Settings) -> bool:
     target, facts = there.servers[copied.part], copied.facts
     version = rdb.look(copied.path).version
@@ -130,7 +134,7 @@ def _look_at_server(copied: Copy, there: Settings) -> bool:
         reads = servers.rdb_version(client)
         modules = servers.versions(client)["modules"]
     remedy = "Nothing was changed. Restore to a server at least as new as the one that was backed up."
-    if version > reads or FOREIGN < version < VALKEY <= reads:
+    if not readable(version, reads):
         raise TargetTooOld(f"{target} reads RDB {reads}, and this is RDB {version}", remedy)
     for name, number in facts["modules"].items():
         if modules.get(name, -1) < number:
@@ -139,22 +143,38 @@ def _look_at_server(copied: Copy, there: Settings) -> bool:
     return servers.holds_something(target)
 
 
-def take_safety(there: Settings, held: list[str], scratch: Path) -> str:
-    """Back up what is about to be replaced; return its ID. Its raw copies stay in ``scratch/safety``."""
-    if "opencode" in held and opencode.is_damaged(there.database):
-        kept = opencode.set_aside(there.database)
-        say(f"{there.database} is damaged, and cannot be copied: it is kept as {kept.name}")
-        held = [part for part in held if part != "opencode"]
-    if not held:
-        return ""
-    (scratch / "safety").mkdir()
-    if there.safety_remote:
-        there = replace(there, remote=there.safety_remote)
-    made = run.make(there, held, scratch / "safety", kind="safety", create=bool(there.safety_remote))
-    return made.id
+@dataclass(frozen=True)
+class Safety:
+    """What was there before: the ``id`` of a backup, whose raw copies are in ``folder``, and a damaged database."""
+
+    id: str
+    folder: Path
+    aside: Path | None
+
+    def remedy(self) -> str:
+        """Return what to do when it could not be put back."""
+        again = f"When it is well again: backup restore {self.id} --replace" if self.id else "It was empty before."
+        return f"{again} (its database is kept as {self.aside.name})" if self.aside else again
 
 
-def _put_all(copies: list[Copy], there: Settings, scratch: Path, safety: str) -> None:
+def take_safety(there: Settings, held: list[str], scratch: Path) -> Safety:
+    """Back up what is about to be replaced; a database that cannot be copied, for it is damaged, is moved aside."""
+    folder = scratch / "safety"
+    folder.mkdir()
+    damaged = "opencode" in held and opencode.is_damaged(there.database)
+    parts = [part for part in held if not (damaged and part == "opencode")]
+    made = None
+    if parts:
+        remote = there.safety_remote or there.remote
+        kept = replace(there, remote=remote)
+        made = run.make(kept, parts, folder, kind="safety", create=bool(there.safety_remote))
+    aside = opencode.set_aside(there.database) if damaged else None
+    if aside:
+        say(f"{there.database} is damaged, and cannot be copied: it is kept as {aside.name}")
+    return Safety(made.id if made else "", folder, aside)
+
+
+def _put_all(copies: list[Copy], there: Settings, safety: Safety) -> None:
     touched: list[Copy] = []
     try:
         for each in copies:
@@ -166,17 +186,17 @@ def _put_all(copies: list[Copy], there: Settings, scratch: Path, safety: str) ->
         say(f"that failed ({said}); putting back what was there")
         if isinstance(error, TargetCannotReachUs):
             touched.pop()
-        remedy = error.remedy if isinstance(error, Failure) else "Look at its log."
-        _put_back(touched, there, scratch, f"{said}; and what was there could not be put back", safety)
+        _put_back(touched, there, safety, said)
         if not isinstance(error, Exception):
             raise
+        remedy = error.remedy if isinstance(error, Failure) else "Look at its log."
         raise RestoreFailed(f"{said}; the target is as it was before", remedy) from None
 
 
-def _put_back(touched: list[Copy], there: Settings, scratch: Path, said: str, safety: str) -> None:
+def _put_back(touched: list[Copy], there: Settings, safety: Safety, said: str) -> None:
     failed = []
     for each in reversed(touched):
-        kept = scratch / "safety" / run.OBJECTS[each.part]
+        kept = safety.folder / run.OBJECTS[each.part]
         try:
             if kept.exists():
                 put(Copy(each.part, kept, {}), there)
@@ -185,12 +205,12 @@ def _put_back(touched: list[Copy], there: Settings, scratch: Path, said: str, sa
                     for path in {path for path, _, _ in members(each.path, there)} - before:
                         path.unlink(missing_ok=True)
             else:
-                empty(each, there)
+                empty(each, there, safety.aside)
         except Exception as error:  # noqa: BLE001 -- the others are put back all the same
             failed.append(f"{where(each.part, there)} ({type(error).__name__}: {error})")
     if failed:
-        remedy = f"When it is well again: backup restore {safety} --replace" if safety else "It was empty before."
-        raise SafetyCopyNeeded(f"{said}: {', '.join(failed)}", remedy)
+        what = f"{said}; and what was there could not be put back: {', '.join(failed)}"
+        raise SafetyCopyNeeded(what, safety.remedy())
 
 
 def put(copied: Copy, there: Settings) -> None:
@@ -214,13 +234,13 @@ def put(copied: Copy, there: Settings) -> None:
                 raise CopyCorrupt(f"{path} is not what was put there", "Look at its disk.")
 
 
-def empty(copied: Copy, there: Settings) -> None:
-    """Make a target as empty as it was before."""
+def empty(copied: Copy, there: Settings, aside: Path | None) -> None:
+    """Make a target as empty as it was before, or as damaged."""
     if copied.part in there.servers:
         with servers.named(there.servers[copied.part]):
             servers.connect(there.servers[copied.part]).execute_command("FLUSHALL")
     elif copied.part == "opencode":
-        opencode.put_aside_back(there.database)
+        opencode.put_aside_back(there.database, aside)
     else:
         for path, _, _ in members(copied.path, there):
             path.unlink(missing_ok=True)

@@ -22,6 +22,8 @@ from backup_lib.settings import Settings
 
 PROGRAM = Path(__file__).parents[1] / "backup"
 JOBS = {signal.SIGUSR1: ["run", "--prune"], signal.SIGUSR2: ["status"]}
+ROOM = "Look at BACKUP_SCHEDULE; cron needs root, and /var/spool/cron and /run that can be written to."
+CAPABILITIES = {"CAP_SETGID": 6, "CAP_SETUID": 7}
 HOURLY = "17 * * * *"
 END_SECONDS = 25
 """How long a run may clean up when the container is stopped; Kubernetes kills after 30 s."""
@@ -35,17 +37,27 @@ def crontab(schedule: str, pid: int) -> str:
     return f"{schedule} kill -USR1 {pid}\n{HOURLY} kill -USR2 {pid}\n"
 
 
+def missing_capabilities(status: str) -> list[str]:
+    """Return what ``/proc/self/status`` says that we lack: without them cron starts nothing, and says nothing."""
+    held = int(status.split("CapEff:")[1].split(maxsplit=1)[0], 16)
+    return [name for name, bit in CAPABILITIES.items() if not held >> bit & 1]
+
+
 def serve(settings: Settings) -> None:
     """Run cron and what it asks for, until SIGTERM. Raises NotConfigured, ToolMissing, CronEnded."""
     Remote(settings)  # is there one?
     os.dup2(sys.stdout.fileno(), sys.stderr.fileno())  # one log, on stdout
+    if lacks := missing_capabilities(Path("/proc/self/status").read_text()):
+        raise NotConfigured(
+            f"cron cannot start jobs without {', '.join(lacks)}", "Give the container these capabilities."
+        )
     environ = {"PATH": PATH, "TZ": settings.environ.get("TZ", "")}
     heard: SimpleQueue[int] = SimpleQueue()
     for number in (*JOBS, signal.SIGCHLD, *children.ENDING):
         signal.signal(number, lambda said, _frame: heard.put(said))
     table = children.run(["crontab", "-"], environ, stdin=crontab(settings.schedule, os.getpid()).encode())
     if table.code:
-        raise NotConfigured(f"cron refuses the schedule: {table.stderr}", "Look at BACKUP_SCHEDULE; cron needs root.")
+        raise NotConfigured(f"cron refuses the schedule: {table.stderr}", ROOM)
     with tempfile.TemporaryFile() as log:
         try:
             cron = subprocess.Popen(["cron", "-f"], env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -56,7 +68,7 @@ def serve(settings: Settings) -> None:
             return
         log.seek(0)
         said = log.read().decode(errors="replace").strip()
-        raise CronEnded(f"cron ended with {cron.returncode} {said}", "It needs root and a /run that can be written to.")
+        raise CronEnded(f"cron ended with {cron.returncode} {said}", ROOM)
 
 
 def _obey(heard: SimpleQueue[int], cron: subprocess.Popen[bytes]) -> bool:

@@ -26,7 +26,7 @@ SAMPLE = 1000
 # written by asking it anything, and graphmeta is there only while a graph is being saved.
 DIGESTS = """
 local function h(s) return tonumber(string.sub(redis.sha1hex(s), 1, 12), 16) end
-local many, long = 10000, 1048576
+local many, long = 1000, 65536
 local function value(t, key)
     local n = 0
     if t == 'string' then

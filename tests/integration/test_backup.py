@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from b2sdk.v2 import B2Api, InMemoryAccountInfo
 
+from bench import backup as drills
 from tests.backups import DATADOG, ENCRYPTION, NO_DELAY, NODES, SERVER_PASSWORD, World, client, repeatedly, until, world
 from tests.fake_b2 import ACCOUNT, KEY
 from tests.servers import free_port, redis_server
@@ -196,6 +197,12 @@ def test_status_says_late_and_failing_by_its_exit_code(here: World) -> None:
     here.backup("status", BACKUP_MAX_AGE_HOURS="0").failed("Late")
     here.backup("run", VALKEY_PORT=str(free_port())).failed("ServerUnreachable", "valkey at")
     here.backup("status").failed("LastRunFailed", "ServerUnreachable")
+
+
+def test_the_drill_loses_everything_and_has_it_back(capsys: pytest.CaptureFixture[str]) -> None:
+    took = drills.drill(100)
+    assert set(took) == {"backup", "loss", "restore", "look"}
+    assert "200 nodes, 100 keys, 100 rows: all of it" in capsys.readouterr().out
 
 
 @contextlib.contextmanager

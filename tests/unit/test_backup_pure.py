@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from backup_lib import crc64, errors, keep, manifest, schedule, settings
+from backup_lib import crc64, errors, keep, manifest, restore, schedule, settings
 from backup_lib.manifest import INCOMPLETE, Backup, Part
 from backup_lib.settings import KEEP
 
@@ -109,6 +109,19 @@ def test_crons_table_signals_and_holds_nothing_else() -> None:
     for bad in ("", "3 * * *", "* * * * * rm", "* * * * *\n* * * * * x", "@reboot"):
         with pytest.raises(errors.NotConfigured):
             schedule.crontab(bad, 7)
+
+
+def test_valkey_reads_its_own_rdbs_and_those_from_before_it_was() -> None:
+    redis8, valkey8, valkey9 = 12, 11, 80
+    pairs = [(valkey8, redis8), (valkey8, valkey9), (redis8, redis8), (valkey9, valkey9)]
+    assert all(restore.readable(version, reads) for version, reads in pairs)
+    pairs = [(redis8, valkey8), (redis8, valkey9), (valkey9, redis8)]
+    assert not any(restore.readable(version, reads) for version, reads in pairs)
+
+
+def test_without_the_capabilities_that_cron_needs_nothing_is_started() -> None:
+    assert schedule.missing_capabilities("CapPrm:\t00\nCapEff:\t00000000000000c0\n") == []
+    assert schedule.missing_capabilities("CapPrm:\tff\nCapEff:\t0000000000000000\n") == ["CAP_SETGID", "CAP_SETUID"]
 
 
 def test_a_manifest_that_was_changed_is_noticed() -> None:
