@@ -55,6 +55,23 @@ class Smoke(_Section):
     port: int = Field(0, ge=0, le=65535)
 
 
+class Nightly(_Section):
+    """What a night bumps, how old the image may grow (days), and how many builds are kept."""
+
+    bump: str = "openagents base npm python"
+    refresh_days: int = Field(7, ge=1, le=3650)
+    keep: int = Field(7, ge=1, le=1000)
+
+
+class Notify(_Section):
+    """Who is told of a release or a failure, and how long that may take, in seconds."""
+
+    command: str = ""
+    webhook: str = ""
+    datadog: bool = False
+    seconds: float = Field(60, gt=0, le=3600)
+
+
 class Settings(_Section):
     """Every setting; ``invoke.yaml`` says what each means."""
 
@@ -65,6 +82,8 @@ class Settings(_Section):
     openagents: OpenAgents = OpenAgents()
     network: Network = Network()
     smoke: Smoke = Smoke()
+    nightly: Nightly = Nightly()
+    notify: Notify = Notify()
 
 
 def load(config: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Settings:

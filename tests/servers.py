@@ -98,6 +98,7 @@ def http_server(respond: Respond, *, unix: str = "") -> Iterator[int]:
         def do_GET(self) -> None:
             status, body = respond(self.path, dict(self.headers))
             self.send_response(status)
+            self.send_header("Content-Type", "text/html")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             with contextlib.suppress(OSError):

@@ -1,0 +1,6 @@
+"""The history as one HTML page."""
+
+
+def write(output: str) -> None:
+    """Write."""
+    print(output)
