@@ -34,6 +34,7 @@ from pipeline.report import console, ok, say, warn
 from pipeline.settings import BUILD, ROOT, Settings
 
 LEFT_OUT = (".venv", ".venv.lock", ".git", "build", "vendor", "docs", "tests")
+UNTOUCHED = "latest, previous, locks/ and vendor/ are as they were."
 LOGS = 30
 """How many logs of nights are kept."""
 
@@ -71,7 +72,7 @@ class Night:
                 say("nightly: a release that was cut short is complete now")
         with self.at("copy"):
             self.copy()
-            before = snapshot(ROOT)
+            before = release.contents(ROOT)
         with self.at("bump"):
             parts = self.settings.nightly.bump.replace(",", " ").split()
             bumped = bump.bump(self.settings, parts, quick=True, root=self.tree)
@@ -101,7 +102,7 @@ class Night:
             smoked = read_json(self.tree / "build/smoke.json")
             self.record |= {"ready_seconds": smoked["ready_seconds"], "probes": release.probes(smoked)}
         with self.at("release"):
-            if snapshot(ROOT) != before:
+            if release.contents(ROOT) != before:
                 raise LocalEdits(
                     "locks/ or vendor/OpenAgents changed while the night was at work", "The next one sees it."
                 )
@@ -120,6 +121,8 @@ class Night:
         """Copy the checkout without what is large, and what the tasks remember of this machine."""
         for leftover in BUILD.glob("night-*"):
             remove(leftover)
+        for leftover in (*BUILD.glob("release-*.part"), *BUILD.glob("nightly-*.part")):
+            leftover.unlink(missing_ok=True)
         ignored = shutil.ignore_patterns("__pycache__", ".*_cache", ".bump-*", "*.part")
         self.tree.mkdir(parents=True)
         for path in ROOT.iterdir():
@@ -200,7 +203,7 @@ class Night:
         if not done.ok:
             said = re.findall(r"(?m)^(\w+): (.+)\n  -> ", done.stdout + "\n")
             what = ": ".join(said[-1]) if said else f"inv {words[0]} ended with {done.code}"
-            raise NightFailed(what, "Nothing that people run has changed.", "\n".join(done.stdout.splitlines()[-40:]))
+            raise NightFailed(what, UNTOUCHED, "\n".join(done.stdout.splitlines()[-40:]))
 
 
 def nightly(settings: Settings, *, log: bool = False, delay: int = 0, dry_run: bool = False) -> Outcome:
@@ -224,13 +227,14 @@ def nightly(settings: Settings, *, log: bool = False, delay: int = 0, dry_run: b
                 remove(night.place)
             else:
                 _afterwards(night, outcome)
-    if outcome is Outcome.FAILED:
-        raise NightFailed(f"{where}: {why}", "latest, previous, locks/ and vendor/ are as they were.", details)
-    if outcome is Outcome.SKIPPED:
-        raise NightSkipped(why, "Nothing has changed.", details)
-    if not dry_run:
-        ok(f"nightly: {outcome} in {night.record['seconds']:.1f} s{_said(night.record)}")
-    return outcome
+        if outcome is Outcome.FAILED:
+            remedy = "The release had begun: the next night completes it." if _begun(night) else UNTOUCHED
+            raise NightFailed(f"{where}: {why}", remedy, details)
+        if outcome is Outcome.SKIPPED:
+            raise NightSkipped(why, "Nothing has changed.", details)
+        if not dry_run:
+            ok(f"nightly: {outcome} in {night.record['seconds']:.1f} s{_said(night.record)}")
+        return outcome
 
 
 def _ended(night: Night, *, dry_run: bool) -> tuple[Outcome, str, str]:
@@ -255,7 +259,7 @@ def _afterwards(night: Night, outcome: Outcome) -> None:
         lambda: history.append(night.record),
         lambda: notify.tell(night.settings, night.engine, night.record),
         lambda: _tidy(night) if outcome is Outcome.RELEASED else None,
-        lambda: remove(night.place),
+        lambda: None if _begun(night) else remove(night.place),  # what is staged is still to be brought in
     ]
     for step in steps:
         try:
@@ -264,19 +268,14 @@ def _afterwards(night: Night, outcome: Outcome) -> None:
             warn(f"nightly: {type(error).__name__}: {error}")
 
 
+def _begun(night: Night) -> bool:
+    return night.engine is not None and release.pending(night.engine)
+
+
 def _tidy(night: Night) -> None:
     assert night.engine  # noqa: S101 -- it has released
     night.engine.ask(night.engine.argv("rmi", night.engine.local(f"{night.settings.image}-nightly:candidate")))
     release.prune(night.settings, night.engine, night.settings.nightly.keep)
-
-
-def snapshot(root: Path) -> str:
-    """Return what a night may not overwrite when somebody else has changed it meanwhile: pins, and what is fetched."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in (root / "locks").rglob("*") if path.is_file()):
-        digest.update(str(path).encode() + path.read_bytes())
-    place = root / "vendor" / openagents.NAME
-    return digest.hexdigest() + (openagents.tree_hash(place) if place.is_dir() else "")
 
 
 def remove(place: Path) -> None:
@@ -316,23 +315,16 @@ def _logged() -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in sorted(folder.glob("*.log"))[: -LOGS + 1]:
         stale.unlink()
-    path = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{os.getpid()}.log"
-    kept = [os.dup(number) for number in (1, 2)]
-    console.cache_clear()
-    with path.open("ab") as file:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
-    try:
-        yield
-    except Exception as error:
-        print(error, file=sys.stderr, flush=True)
-        raise
-    finally:
-        sys.stdout.flush()
-        for number, old in zip((1, 2), kept, strict=True):
-            os.dup2(old, number)
-            os.close(old)
+    path = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}.log"
+    with path.open("w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         console.cache_clear()
+        try:
+            yield
+        except PipelineError as error:
+            print(error.message)
+            raise
+        finally:
+            console.cache_clear()
 
 
 def _deep() -> list[str]:

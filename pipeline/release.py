@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from pipeline.image import OURS, now
 from pipeline.records import read_json, write_json
 from pipeline.report import say, warn
 from pipeline.settings import BUILD, ROOT, Settings
+
+BROUGHT = ("locks", f"vendor/{openagents.NAME}")
 
 DATED = re.compile(r"\d{8}-[0-9a-z]{7,12}(-\d+)?")
 
@@ -87,9 +88,11 @@ def move(
     What is to be is written down first. Killed at any moment, ``finish`` makes it so.
     """
     tag = dated_tag(settings, engine, image)
-    names = {tag: image["Id"], **({"previous": latest["Id"]} if latest else {}), "latest": image["Id"]}
+    before = {"previous": latest["Id"]} if latest and latest["Id"] != image["Id"] else {}
+    names = {tag: image["Id"], **before, "latest": image["Id"]}
+    bring = {"staged": str(staged), "content": contents(staged)} if staged else {}
     os.sync()  # what is staged must be on disk before anything says so
-    write_json(_journal(engine), {"image": settings.image, "tags": names, "staged": str(staged or "")})
+    write_json(_journal(engine), {"image": settings.image, "tags": names, **bring})
     finish(engine)
     say(f"{settings.image}:latest is now {short(image)}" + (f"; previous is {short(latest)}" if latest else ""))
     return tag
@@ -103,28 +106,25 @@ def finish(engine: Engine) -> bool:
     if all(engine.image(identity) for identity in journal["tags"].values()):
         for tag, identity in journal["tags"].items():
             engine.tag(identity, f"{journal['image']}:{tag}")
-        if journal["staged"]:
-            bring_in(Path(journal["staged"]))
+        for name, content in journal.get("content", {}).items():
+            new, old = Path(journal["staged"]) / name, ROOT / name
+            # Renames alone: from here on no space is needed, and what was done already is not undone.
+            if contents(ROOT).get(name) != content and contents(Path(journal["staged"])).get(name) == content:
+                openagents.swap(new, old)
     else:
         warn("a release that was cut short cannot be completed, its image is gone: the tags stay as they are")
     _journal(engine).unlink()
     return True
 
 
-def bring_in(staged: Path, root: Path = ROOT) -> None:
-    """Move the pins and OpenAgents of the checkout ``staged`` into ``root``, each in one step, those that differ."""
-    new, old = (folder / "vendor" / openagents.NAME for folder in (staged, root))
-    seal = [folder / openagents.RECORD for folder in (new, old)]
-    if new.exists() and (not old.exists() or seal[0].read_bytes() != seal[1].read_bytes()):
-        openagents.swap(new, old)
-    for path in sorted((staged / "locks").rglob("*")):
-        target = root / path.relative_to(staged)
-        if path.is_file() and (not target.exists() or target.read_bytes() != path.read_bytes()):
-            draft = target.with_name(f".{target.name}.part")
-            shutil.copyfile(path, draft)
-            with draft.open("rb+") as file:
-                os.fsync(file.fileno())
-            draft.replace(target)
+def contents(root: Path) -> dict[str, str]:
+    """Return what a release brings in besides tags: each directory in the checkout ``root``, to a hash of all in it."""
+    return {name: openagents.tree_hash(root / name) for name in BROUGHT if (root / name).is_dir()}
+
+
+def pending(engine: Engine) -> bool:
+    """Whether a release was cut short, which ``finish`` completes."""
+    return _journal(engine).exists()
 
 
 def rollback(settings: Settings, engine: Engine, to: str = "previous", *, dry_run: bool = False) -> None:
