@@ -6,6 +6,7 @@ major version for npm (OpenCode 2 is another package), Node's own line for the b
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -156,9 +157,7 @@ class _Work:
 
     def _base_packages(self, lock: dict[str, Any]) -> list[Move]:
         pins = dict(spec.rsplit("@", 1) for spec in lock["npm"])
-        # npm and corepack stay on the line that this Node ships with.
-        ranges = {name: f"{'~' if name in {'npm', 'corepack'} else '^'}{version}" for name, version in pins.items()}
-        newest = self._newest(ranges)
+        newest = self._newest
         node = _least(newest, [name for name in pins if name.startswith("node-linux-")])
         moves, packages = [], {}
         for name, version in pins.items():
@@ -173,8 +172,7 @@ class _Work:
         """Pin OpenCode, its plugin package and its binary to one version: the newest that all three have."""
         files = sorted(self.locks.glob("npm/*/package.json"))
         pins = {path: json.loads(path.read_bytes()) for path in files}
-        ranges = {name: f"^{old}" for said in pins.values() for name, old in said["dependencies"].items()}
-        newest, moves = self._newest(ranges), []
+        newest, moves = self._newest, []
         for path, said in pins.items():
             names = list(said["dependencies"])
             new = {name: max(said["dependencies"][name], _least(newest, names), key=_key) for name in names}
@@ -202,7 +200,9 @@ class _Work:
         return moves
 
     def python(self) -> list[Move]:
-        return self._compiled("image.in", "image.txt") + self._compiled("uv", "uv.txt")
+        with ThreadPoolExecutor() as pool:
+            made = pool.map(self._compiled, ("image.in", "uv"), ("image.txt", "uv.txt"))
+            return [move for moves in made for move in moves]
 
     def tools(self) -> list[Move]:
         shutil.copy(self.root / "pyproject.toml", self.locks.parent)
@@ -269,8 +269,14 @@ class _Work:
         moves = [move for name in names for move in self._moved(path, name, before.get(name, ""), after.get(name, ""))]
         return moves or [Move(str(path.relative_to(self.locks)), "hashes", "fewer", "more")]
 
-    def _newest(self, ranges: dict[str, str]) -> dict[str, str]:
-        """Return the newest version on npm within each range, by one call."""
+    @functools.cached_property
+    def _newest(self) -> dict[str, str]:
+        """The newest version on npm of every package that is pinned, within its range, by one call."""
+        base_pins = dict(spec.rsplit("@", 1) for spec in json.loads((self.locks / "base.json").read_bytes())["npm"])
+        # npm and corepack stay on the line that this Node ships with.
+        ranges = {name: f"{'~' if name in {'npm', 'corepack'} else '^'}{old}" for name, old in base_pins.items()}
+        for path in self.locks.glob("npm/*/package.json"):
+            ranges |= {name: f"^{old}" for name, old in json.loads(path.read_bytes())["dependencies"].items()}
         with tempfile.TemporaryDirectory() as scratch:
             project = {"name": "pins", "private": True, "dependencies": ranges}
             (Path(scratch) / "package.json").write_text(json.dumps(project))

@@ -44,6 +44,10 @@ FOR_TESTS: Mapping[Manager, Mapping[str, str]] = {
         "iptables": "iptables",
         "ip": "iproute2",
         "openssl": "openssl",
+        "cron": "cron",
+        "faketime": "faketime",
+        "htpasswd": "apache2-utils",
+        "systemd-analyze": "systemd",
     },
     "dnf": {
         "dockerd": "moby-engine docker-cli",
@@ -51,6 +55,10 @@ FOR_TESTS: Mapping[Manager, Mapping[str, str]] = {
         "iptables": "iptables-nft",
         "ip": "iproute",
         "openssl": "openssl",
+        "crond": "cronie",
+        "faketime": "libfaketime",
+        "htpasswd": "httpd-tools",
+        "systemd-analyze": "systemd",
     },
     "brew": {},
 }

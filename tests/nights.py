@@ -21,6 +21,7 @@ from pipeline import base, bump, history, nightly, openagents, release
 from pipeline import engine as engines
 from pipeline.bump import Bumped, Move
 from pipeline.errors import NightFailed, PipelineError
+from pipeline.image import now, runtime_tag
 from pipeline.nightly import Night
 from pipeline.settings import Settings
 from tests.stub_engine import StubEngine
@@ -88,12 +89,12 @@ class World:
                 if openagents.read(night.tree / "vendor").commit != commit:  # type: ignore[union-attr]
                     self.fetch(night.tree, commit)
             case "build":
-                runtime = nightly.runtime_tag(night.tree, "base:1")
+                runtime = runtime_tag(night.tree, "base:1")
                 layers = ["base", runtime, commit]
                 if "--no-cache" in words or not self.engine.image(runtime):
-                    self.engine.add(runtime, runtime, kind="", created=nightly.now(), layers=layers[:2])
-                    identity += nightly.now() * ("--no-cache" in words)
-                made = {"commit": commit, "kind": self.kind, "created": nightly.now(), "layers": layers}
+                    self.engine.add(runtime, runtime, kind="", created=now(), layers=layers[:2])
+                    identity += now() * ("--no-cache" in words)
+                made = {"commit": commit, "kind": self.kind, "created": now(), "layers": layers}
                 self.engine.add("opencode-server-nightly:candidate", identity, **made)
                 record = {"id": identity, "seconds": 5}
                 (night.tree / "build/build-docker.json").write_text(json.dumps(record))
@@ -166,7 +167,7 @@ def _changes(event: str, arguments: tuple[Any, ...]) -> bool:
     if event == "open":
         return isinstance(arguments[2], int) and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
     if event == "ctypes.dlsym":
-        return arguments[1] == "renameat2"
+        return bool(arguments[1] == "renameat2")
     return event in {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate"}
 
 
