@@ -29,8 +29,9 @@ STYLE = """
 font:15px/1.5 system-ui,sans-serif}h1{font-size:1.4rem;margin:.2rem 0}h2{font-size:1.05rem;margin:0 0 .6rem}
 p{margin:.2rem 0}.soft{color:var(--soft)}section{background:var(--card);border:1px solid var(--line);border-radius:8px;
 padding:1rem;margin:1rem 0}.nights{display:flex;flex-wrap:wrap;gap:4px;list-style:none;margin:0;padding:0}
-.nights li{width:22px;height:30px;border-radius:4px;color:#fff;font:700 13px/30px monospace;text-align:center}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:1rem;margin:1rem 0}.plots section{margin:0}
+.nights li{width:22px;height:30px;border-radius:4px;color:var(--card);font:700 13px/30px monospace;text-align:center}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:1rem;margin:1rem 0}
+.plots section{margin:0}
 svg{width:100%;height:auto;display:block;overflow:visible}svg text{fill:var(--soft);font-size:11px}
 .released{background:var(--released)}.unchanged{background:var(--unchanged)}.failed{background:var(--failed)}
 .skipped{background:var(--skipped)}b.released,b.unchanged,b.failed,b.skipped{background:none}
@@ -85,7 +86,7 @@ def page(records: Sequence[dict[str, Any]], torn: int = 0) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>opencode-server: nights</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head><body>'
-        f'<h1>opencode-server</h1><p>{last}</p><p class="soft">{told}{lost}</p>'
+        f'<h1>opencode-server</h1><p>{last}</p><p class="soft">{told}; times are UTC.{lost}</p>'
         f'<section><h2>The last {len(nights)} nights</h2><ol class="nights">{squares}</ol></section>'
         f'<div class="plots">{plots}</div><section><h2>What changed</h2>{rows or "Nothing yet."}</section>{failure}'
         "</body></html>\n"
@@ -107,22 +108,22 @@ def plot(records: Sequence[dict[str, Any]], unit: str, of: Callable[[dict[str, A
     low, high = max(0.0, low - room * 0.15), high + room * 0.15
     width, height, left = 320, 120, 42
     step = (width - left - 8) / max(1, len(points) - 1)
-    spots = [
-        (left + step * index, height - (value - low) / (high - low) * height) for index, value in enumerate(values)
-    ]
+    digits = 0 if high > 99 else 1  # noqa: PLR2004
+    spots = [(left + step * index, height * (high - value) / (high - low)) for index, value in enumerate(values)]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
     dots = "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--blue)"><title>{_when(record)}: {value:,.1f} {unit}</title></circle>'
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--blue)">'
+        f"<title>{_when(record)}: {value:,.1f} {unit}</title></circle>"
         for (x, y), (record, value) in zip(spots, points, strict=True)
     )
     scale = "".join(
         f'<line x1="{left}" x2="{width}" y1="{y}" y2="{y}" stroke="var(--line)"/>'
-        f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{low + (high - low) * (1 - y / height):,.{0 if high > 99 else 1}f}</text>'  # noqa: PLR2004
+        f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{high - (high - low) * y / height:,.{digits}f}</text>'
         for y in (0, height // 2, height)
     )
-    days = f'<text x="{left}" y="{height + 18}">{_when(points[0][0])[:10]}</text>' + (
-        f'<text x="{width}" y="{height + 18}" text-anchor="end">{_when(points[-1][0])[:10]}</text>'
-    )
+    first, last = (_when(record)[:10] for record, _ in (points[0], points[-1]))
+    days = f'<text x="{left}" y="{height + 18}">{first}</text>'
+    days += f'<text x="{width}" y="{height + 18}" text-anchor="end">{last}</text>'
     return (
         f'<p class="soft">{values[-1]:,.1f} {unit} now, {min(values):,.1f} to {max(values):,.1f}</p>'
         f'<svg viewBox="0 -8 {width} {height + 30}" role="img">{scale}<polyline points="{line}" fill="none" '
@@ -132,7 +133,7 @@ def plot(records: Sequence[dict[str, Any]], unit: str, of: Callable[[dict[str, A
 
 def _sentence(record: dict[str, Any]) -> str:
     said = [record.get("outcome") or record["kind"], record.get("tag", ""), history.brief(record)]
-    return ": ".join(part for part in said[1:] if part) or said[0]
+    return (": ".join(part for part in said[1:] if part) or said[0]).replace(" -> ", " \N{RIGHTWARDS ARROW} ")
 
 
 def _outcome(record: dict[str, Any]) -> str:
