@@ -208,10 +208,8 @@ def test_a_public_registry_hands_out_a_token_first() -> None:
             seen.append(self.headers["Authorization"])
             signed = self.headers["Authorization"] == "Bearer t0k3n"
             self.send_response(200 if signed else 401)
-            port = self.server.server_address[1]
-            challenge = (
-                f'Bearer realm="http://127.0.0.1:{port}/token",service="hub",scope="repository:library/node:pull"'
-            )
+            host = self.headers["Host"]
+            challenge = f'Bearer realm="http://{host}/token",service="hub",scope="repository:library/node:pull"'
             self.send_header(*(("Docker-Content-Digest", digest) if signed else ("WWW-Authenticate", challenge)))
             self.end_headers()
 
