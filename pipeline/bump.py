@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -34,6 +35,9 @@ PARTS = (*IMAGE, "tools")
 
 COMPILE = "pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header"
 LOCK_ONLY = "install --package-lock-only --ignore-scripts --no-fund --force --omit-lockfile-registry-resolved"
+
+PATIENCE_SECONDS = 300
+"""How long one call of npm or uv may take, however slow the network."""
 
 _SILENT = re.compile(
     r"ENOTFOUND|ECONN|ETIMEDOUT|EAI_AGAIN|\bE5\d\d\b|\b50\d |network|Failed to fetch|sending request|timed? out",
@@ -254,10 +258,9 @@ class _Work:
         old = path.read_text()
         with tempfile.NamedTemporaryFile(dir=self.locks.parent) as draft:
             where = ["--output-file", draft.name, "-" if stdin else source]
-            done = process.run(
-                [_uv(self.root), *COMPILE.split(), "--upgrade", *words, *where],
-                env=host.tool_env(), cwd=self.locks, stdin=stdin,
-            )  # fmt: skip
+            argv = [_uv(self.root), *COMPILE.split(), "--upgrade", *words, *where]
+            env = {"UV_HTTP_TIMEOUT": str(self.settings.network.stall_seconds), **host.tool_env()}
+            done = self._ask(argv, env, self.locks, stdin)
             if not done.ok:
                 raise _failure(f"{target} cannot be resolved", done.said)
             new = Path(draft.name).read_text()
@@ -288,12 +291,24 @@ class _Work:
         return {name: said[name]["wanted"] for name in ranges}
 
     def _npm(self, *words: str, cwd: Path | None = None, fine: Iterable[int] = (0,)) -> str:
-        found = ca.source(self.settings.ca)
-        env = {"NODE_EXTRA_CA_CERTS": str(found[1])} if found else {}
-        done = process.run([*base.npm(env), *words, "--silent"], cwd=cwd, env=env)
+        found, network = ca.source(self.settings.ca), self.settings.network
+        env = {
+            "NPM_CONFIG_FETCH_TIMEOUT": str(network.stall_seconds * 1000),
+            "NPM_CONFIG_FETCH_RETRIES": str(network.attempts - 1),
+            **({"NODE_EXTRA_CA_CERTS": str(found[1])} if found else {}),
+        }
+        done = self._ask([*base.npm(env), *words, "--silent"], env, cwd)
         if done.code not in fine:
             raise _failure(f"npm {words[0]} failed", done.said)
         return done.stdout
+
+    def _ask(
+        self, argv: list[str], env: dict[str, str], cwd: Path | None, stdin: bytes | None = None
+    ) -> process.Completed:
+        try:
+            return process.run(argv, env=env, cwd=cwd, stdin=stdin, timeout=PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired as late:
+            raise _Unreachable(f"{Path(argv[0]).name} was not done after {late.timeout:g} s") from late
 
     def _written(self, path: Path, content: dict[str, Any], name: str, old: str, new: str) -> list[Move]:
         path.write_text(json.dumps(content, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from datetime import datetime
@@ -175,10 +176,10 @@ def prune(settings: Settings, engine: Engine, keep: int, *, dry_run: bool = Fals
     builds = sorted((each for each in dated if dated[each]), key=lambda each: _created(images[each]), reverse=True)
     old = [each for each in builds[keep:] if each not in used and len(dated[each]) == len(named[each])]
     gone = [name for each in old for name in dated[each]]
-    loose = [each for each in images if not named[each] and kind(images[each]) and each not in used]
-    staying = [images[each]["RootFS"]["Layers"] for each in images if each not in {*old, *loose}]
+    loose = [each for each in named if not named[each] and kind(images[each]) and each not in used]
+    staying = [images[each]["RootFS"]["Layers"] for each in named if each not in {*old, *loose}]
     for repository in ("opencode-server-runtime", "opencode-server-base"):
-        mine = [each for each in images if any(f"{repository}:" in name for name in named[each])]
+        mine = [each for each in named if any(f"{repository}:" in name for name in named[each])]
         newest = max(mine, key=lambda each: _created(images[each]), default="")
         for each in mine:
             layers = images[each]["RootFS"]["Layers"]
@@ -199,7 +200,9 @@ def _images(engine: Engine) -> tuple[dict[str, list[str]], dict[str, dict[str, A
     for line in done.stdout.splitlines():
         identity, name = line.removeprefix("sha256:").split()
         named.setdefault(identity, []).extend([] if "<none>" in name else [name])
-    return named, {identity: image for identity in named if (image := engine.image(identity))}
+    said = json.loads(engine.ask(engine.argv("image", "inspect", *named)).stdout or "[]") if named else []
+    images = {str(image["Id"]).removeprefix("sha256:"): image for image in said}
+    return {identity: names for identity, names in named.items() if identity in images}, images
 
 
 def _created(image: dict[str, Any]) -> str:

@@ -72,6 +72,8 @@ class StubEngine(Engine):
                 out = list(said["containers"])
             case ["inspect", *_]:
                 out = [f"sha256:{identity}" for identity in said["containers"].values()]
+            case ["image", "inspect", *identities]:
+                out = [json.dumps([said["images"][identity] for identity in identities])]
             case ["rmi", name]:
                 identity = said["names"].pop(name, name)
                 if identity not in said["names"].values():

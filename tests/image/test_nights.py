@@ -147,13 +147,9 @@ def test_datadog_is_told_by_the_images_own_client(built: Built, monkeypatch: pyt
         notify.tell(settings, engine, {"outcome": "failed", "where": "build", "why": "no", "seconds": 3.5})
     assert sorted(path for path, _, _ in got) == ["/api/v1/events", "/api/v2/series"]
     assert {headers["DD-API-KEY"] for _, headers, _ in got} == {"k3y"}
-    event = next(body for path, _, body in got if path == "/api/v1/events")
-    assert (event["title"], event["text"], event["alert_type"]) == (
-        "opencode-server: failed build",
-        "build: no",
-        "error",
-    )
-    series = {
-        each["metric"]: each["points"][0]["value"] for each in got[-1][2].get("series", got[0][2].get("series", []))
-    }
+    told = {path: body for path, _, body in got}
+    event = told["/api/v1/events"]
+    assert (event["title"], event["text"]) == ("opencode-server: failed build", "build: no")
+    assert event["alert_type"] == "error"
+    series = {each["metric"]: each["points"][0]["value"] for each in told["/api/v2/series"]["series"]}
     assert series == {"opencode_server.nightly.seconds": 3.5, "opencode_server.nightly.released": 0}

@@ -19,7 +19,7 @@ from pipeline.bump import Bumped
 from pipeline.errors import BumpFailed, NoEngine, NoSuchRepository, SettingRefused, SourcesUnreachable
 from pipeline.settings import ROOT, Settings
 from tests.integration.gitserver import Fault, Server, serve
-from tests.servers import http_server
+from tests.servers import http_server, silent_server
 
 pytestmark = pytest.mark.server
 
@@ -238,6 +238,22 @@ def test_no_source_answers(root: Path, sources: Sources, upstream: Server) -> No
     before = contents(root)
     with pytest.raises(SourcesUnreachable):
         bump(root)
+    assert contents(root) == before
+
+
+def test_sources_that_accept_and_never_answer(
+    root: Path, sources: Sources, upstream: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources.broken = {"registry"}
+    upstream.spoil(Fault("silence"))
+    settings = Settings(network={"attempts": 1, "stall_seconds": 1})
+    with silent_server() as port:
+        monkeypatch.setenv("NPM_CONFIG_REGISTRY", f"http://127.0.0.1:{port}/npm/")
+        monkeypatch.setenv("UV_DEFAULT_INDEX", f"http://127.0.0.1:{port}/simple")
+        before = contents(root)
+        with pytest.raises(SourcesUnreachable) as caught:
+            pins.bump(settings, pins.IMAGE, root=root)
+    assert "said nothing for 1 s" in caught.value.details
     assert contents(root) == before
 
 
