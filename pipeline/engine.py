@@ -170,8 +170,12 @@ class Engine:
         """
         if not self.podman:
             return self.argv("pull", *self._for_platform(), reference)
-        plain = ["--tls-verify=false"] if reference.startswith(("127.0.0.1:", "localhost:")) else []
-        return self.argv("pull", *plain, *self._for_platform(), f"docker://{reference}")
+        return self.argv("pull", *_plain(reference), *self._for_platform(), f"docker://{reference}")
+
+    def push(self, reference: str) -> list[str]:
+        """Push an image under its name; the digest it has there is the last ``sha256:`` on stdout."""
+        told = [*_plain(reference), "--digestfile", "/dev/stdout"] if self.podman else []
+        return self.argv("push", *told, reference)
 
     def _for_platform(self) -> list[str]:
         return ["--platform", self.platform] if self.platform else []
@@ -233,6 +237,10 @@ class Engine:
             done = self.ask(self.argv("tag", source, self.local(name)))
             if not done.ok:
                 raise EngineBroken(f"{self.name} cannot tag {source} as {name}", "See what it said.", done.said)
+
+
+def _plain(reference: str) -> list[str]:
+    return ["--tls-verify=false"] if reference.startswith(("127.0.0.1:", "localhost:")) else []
 
 
 def find(setting: str = "auto", platform: str = "") -> Engine:

@@ -201,6 +201,66 @@ class ChecksFailed(PipelineError):
     exit_code = 50
 
 
+class NightFailed(PipelineError):
+    """A night ended in a failure; ``latest``, ``previous``, ``locks/`` and ``vendor/`` are as they were."""
+
+    exit_code = 60
+
+
+class NightSkipped(PipelineError):
+    """A night had nothing to do that it may: another is at work, no source answers, it was rolled back."""
+
+    exit_code = 61
+
+
+class NoSuchRelease(PipelineError):
+    """There is no image of that name to release, to go back to, or to push."""
+
+    exit_code = 62
+
+
+class NotReleased(PipelineError):
+    """The image passed, and may not become ``latest``: the starter never takes the place of OpenAgents."""
+
+    exit_code = 63
+
+
+class BumpFailed(PipelineError):
+    """npm or uv cannot resolve the pins: their constraints contradict each other, or a package is gone."""
+
+    exit_code = 64
+
+
+class SourcesUnreachable(PipelineError):
+    """Not one source of the pins answers."""
+
+    exit_code = 65
+
+
+class NotPinned(PipelineError):
+    """An image was to be pulled by a name that can come to mean another image."""
+
+    exit_code = 66
+
+
+class RegistryRefused(PipelineError):
+    """The registry answers, and does not let us in, or does not have the image."""
+
+    exit_code = 67
+
+
+class RegistryUnreachable(PipelineError):
+    """The registry does not answer, or only with faults of its own."""
+
+    exit_code = 68
+
+
+class ScheduleFailed(PipelineError):
+    """The schedule cannot be read or written: no cron, no systemd, or not for this user."""
+
+    exit_code = 69
+
+
 class Interrupted(PipelineError):
     """Ctrl-C or SIGTERM; exit code 128 + the signal's number, as a shell would report it."""
 

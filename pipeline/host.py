@@ -46,6 +46,10 @@ FOR_TESTS: Mapping[Manager, Mapping[str, str]] = {
         "openssl": "openssl",
         "rclone": "rclone",
         "redis-cli": "redis-tools",
+        "cron": "cron",
+        "faketime": "faketime",
+        "htpasswd": "apache2-utils",
+        "systemd-analyze": "systemd",
     },
     "dnf": {
         "dockerd": "moby-engine docker-cli",
@@ -55,6 +59,10 @@ FOR_TESTS: Mapping[Manager, Mapping[str, str]] = {
         "openssl": "openssl",
         "rclone": "rclone",
         "redis-cli": "redis",
+        "crond": "cronie",
+        "faketime": "libfaketime",
+        "htpasswd": "httpd-tools",
+        "systemd-analyze": "systemd",
     },
     "brew": {},
 }

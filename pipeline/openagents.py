@@ -141,7 +141,7 @@ def fetch(
         raise errors.ToolMissing("git cannot be run", "Install git: ./inv setup", str(error)) from error
     if dry_run:
         report.say(f"There is {_whole(vendor) or 'nothing whole'} in {vendor.name}/{NAME}.")
-        want = _resolved(settings, want)
+        want = resolved(settings, want)
         report.say(f"Would fetch {want.record}{', or the head of its default branch' if want.loose else ''}.")
         return want.record
     with _held(vendor) as incoming:
@@ -156,7 +156,7 @@ def fetch(
         if (tree / RECORD).exists():
             if not force:
                 _refuse_edits(vendor / NAME)
-            _swap(tree, vendor / NAME)
+            swap(tree, vendor / NAME)
             report.ok(f"{arrived} is in {vendor.name}/{NAME}")
         return arrived
 
@@ -181,7 +181,7 @@ def wanted(settings: Settings, *, ref: str = "", url: str = "", latest: bool = F
 
 def _real(settings: Settings, want: Wanted, vendor: Path, tree: Path, *, force: bool) -> Record:
     try:
-        want = _resolved(settings, want)
+        want = resolved(settings, want)
         return _kept(want, vendor, force=force) or _clone(settings, want, tree)
     except NoSuchRef:
         if not want.loose:
@@ -255,8 +255,11 @@ def _clone(settings: Settings, want: Wanted, tree: Path) -> Record:
     return _sealed(tree, want.record)
 
 
-def _resolved(settings: Settings, want: Wanted) -> Wanted:
-    """Return ``want`` with a commit: the one its ref is at now; for HEAD also with the default branch as ref."""
+def resolved(settings: Settings, want: Wanted) -> Wanted:
+    """Return ``want`` with a commit: the one its ref is at now; for HEAD also with the default branch as ref.
+
+    Raises GitHostUnreachable, NoSuchRepository or NoSuchRef.
+    """
     if want.commit:
         return want
     tag = f"refs/tags/{want.ref}"
@@ -407,15 +410,16 @@ def _listing(tree: Path) -> bytes:
     return b"\n".join(sorted(found))
 
 
-def _swap(tree: Path, place: Path) -> None:
+def swap(tree: Path, place: Path) -> None:
+    """Put ``tree`` where ``place`` is, in one step where the file system can; what was there is then in ``tree``."""
     if place.exists():
-        if _exchange(tree, place):
+        if exchange(tree, place):
             return
         place.rename(tree.with_name("old"))
     tree.rename(place)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def exchange(one: Path, other: Path) -> bool:
     """Swap two directories in one step; False where the system or the file system cannot."""
     libc, here, exchange = ctypes.CDLL(None), -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     swapped = hasattr(libc, "renameat2") and libc.renameat2(here, bytes(one), here, bytes(other), exchange) == 0

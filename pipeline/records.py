@@ -18,8 +18,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, record: object) -> None:
-    """Write ``record`` whole or not at all."""
+    """Write ``record`` whole or not at all, also where the power is cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}.part")
-    draft.write_text(json.dumps(record, indent=1) + "\n")
+    draft, text = path.with_suffix(f".{os.getpid()}.part"), json.dumps(record, indent=1) + "\n"
+    with draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     draft.replace(path)

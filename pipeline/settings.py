@@ -62,6 +62,23 @@ class Advisories(_Section):
     seconds: float = Field(10, gt=0, le=600)
 
 
+class Nightly(_Section):
+    """What a night bumps, how old the image may grow (days), and how many builds are kept."""
+
+    bump: str = "openagents base npm python"
+    refresh_days: int = Field(7, ge=1, le=3650)
+    keep: int = Field(7, ge=1, le=1000)
+
+
+class Notify(_Section):
+    """Who is told of a release or a failure, and how long that may take, in seconds."""
+
+    command: str = ""
+    webhook: str = ""
+    datadog: bool = False
+    seconds: float = Field(60, gt=0, le=3600)
+
+
 class Settings(_Section):
     """Every setting; ``invoke.yaml`` says what each means."""
 
@@ -74,6 +91,8 @@ class Settings(_Section):
     network: Network = Network()
     smoke: Smoke = Smoke()
     advisories: Advisories = Advisories()
+    nightly: Nightly = Nightly()
+    notify: Notify = Notify()
 
 
 def load(config: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Settings:

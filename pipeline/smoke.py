@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from pipeline import conversation, probes, process
+from pipeline import conversation, probes, process, release
 from pipeline.container import SECRET, Server, remove_leftovers, running, wait_ready
 from pipeline.engine import Engine
 from pipeline.errors import NoSuchImage, PipelineError, SmokeFailed
-from pipeline.image import OURS, now
+from pipeline.image import now
 from pipeline.records import write_json
-from pipeline.report import fail, megabytes, ok, say, warn, without_credentials
+from pipeline.report import fail, megabytes, ok, say, without_credentials
 from pipeline.settings import BUILD, Settings
 
 LEAVING_SECONDS = 5.0
@@ -56,11 +56,11 @@ def smoke(
     if image is None:
         raise NoSuchImage(f"{engine.name} has no image {name}", "Build it first: inv fetch build.")
     if dry_run:
-        say(f"smoke: would start {name} {_short(image)} twice, and ask {_count(deep=deep)} probes")
+        say(f"smoke: would start {name} {release.short(image)} twice, and ask {_count(deep=deep)} probes")
         return {}
     if gone := remove_leftovers(engine):
         say(f"smoke: removed {gone} containers of smoke tests that were killed")
-    say(f"smoke: {name} {_short(image)}, {megabytes(image['Size'])}, with {engine.name}")
+    say(f"smoke: {name} {release.short(image)}, {megabytes(image['Size'])}, with {engine.name}")
     began = time.monotonic()
     try:
         answers, ready = ask_image(settings, engine, image, deep=deep)
@@ -69,7 +69,7 @@ def smoke(
         raise
     report = _report(answers, target=name, seconds=time.monotonic() - began, ready=ready)
     if name == candidate:
-        promote(settings, engine, image)
+        release.promote(settings, engine, image, report)
     return report
 
 
@@ -129,24 +129,6 @@ def ask_image(
         if any(not answer.passed for answer in answers):
             say(container.logs())
     return answers, container.ready_seconds
-
-
-def promote(settings: Settings, engine: Engine, image: dict[str, Any]) -> None:
-    """Tag an image that passed ``latest``, and what was latest ``previous``.
-
-    One with the starter in it never takes the place of one with OpenAgents.
-    """
-    latest = engine.image(engine.local(f"{settings.image}:latest"))
-    if latest and latest["Id"] == image["Id"]:
-        say(f"{settings.image}:latest is this image already")
-        return
-    if latest and _kind(latest) == "openagents" and _kind(image) == "starter":
-        warn(f"{settings.image}:latest holds OpenAgents, and this image only the starter: latest stays as it is")
-        return
-    if latest:
-        engine.tag(latest["Id"], f"{settings.image}:previous")
-    engine.tag(image["Id"], f"{settings.image}:latest")
-    say(f"{settings.image}:latest is now {_short(image)}" + (f"; previous is {_short(latest)}" if latest else ""))
 
 
 def _with_offline(settings: Settings, engine: Engine, image: dict[str, Any]) -> list[Answer]:
@@ -228,14 +210,6 @@ def _write_junit(answers: list[Answer], seconds: float) -> None:
     draft = BUILD / f"smoke.{os.getpid()}.part"
     ET.ElementTree(suite).write(draft, encoding="utf-8", xml_declaration=True)
     draft.replace(BUILD / "smoke.xml")
-
-
-def _kind(image: dict[str, Any]) -> str:
-    return str((image["Config"].get("Labels") or {}).get(f"{OURS}.kind", ""))
-
-
-def _short(image: dict[str, Any]) -> str:
-    return str(image["Id"]).removeprefix("sha256:")[:12]
 
 
 def _count(*, deep: bool) -> int:

@@ -104,6 +104,7 @@ def http_server(respond: Respond, *, unix: str = "") -> Iterator[int]:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             status, body = respond(self.path, dict(self.headers))
             self.send_response(status)
+            self.send_header("Content-Type", "text/html")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             with contextlib.suppress(OSError):

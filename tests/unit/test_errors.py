@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from invoke.context import Context
 
-import tasks
 from pipeline import errors, process
+from pipeline.cli import settings_of
 from pipeline.errors import DiskFull, EngineLost, NotWritable, PipelineError
 from pipeline.settings import ROOT
 
@@ -99,5 +99,5 @@ def test_what_has_no_name_is_left_as_it_is(trouble: Exception) -> None:
 
 
 def test_every_task_names_what_its_steps_meet() -> None:
-    with pytest.raises(NotWritable, match="/somewhere"), tasks._settings(Context()):
+    with pytest.raises(NotWritable, match="/somewhere"), settings_of(Context()):
         raise PermissionError(errno.EACCES, "Permission denied", "/somewhere")

@@ -1,0 +1,155 @@
+"""Real nights: real git, real builds, real smokes, by both engines; and what is told and gone back to afterwards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import history, notify, release
+from pipeline.settings import Settings
+from tests.conftest import Built, Checkout
+from tests.integration.test_notify import receiver
+
+pytestmark = pytest.mark.engine
+
+NAME = "opencode-server-night"
+PODMAN = pytest.mark.parametrize("built", ["podman"], indirect=True)
+AGENT = ".opencode/agent/core/builder.md"
+
+
+@dataclass
+class Place:
+    """A checkout of its own, an upstream of its own, and images of another name."""
+
+    built: Built
+    checkout: Checkout
+    upstream: Path
+
+    def night(self, *words: str) -> Any:
+        return self.checkout.inv("nightly", *words, "--engine", self.built.engine.name)
+
+    def commit(self, path: str, text: str) -> str:
+        (self.upstream / path).write_text(text)
+        return commit(self.upstream)
+
+    def tags(self) -> dict[str, str]:
+        said = release.tags(Settings(image=NAME), self.built.engine)
+        return {tag: identity.removeprefix("sha256:") for tag, identity in said.items()}
+
+    def state(self) -> dict[str, Any]:
+        tags = self.tags()
+        return {**release.contents(self.checkout.root), **{tag: tags.get(tag) for tag in ("latest", "previous")}}
+
+    def records(self) -> list[dict[str, Any]]:
+        return history.read(self.checkout.root / "build/history.jsonl")[0]
+
+
+def commit(place: Path) -> str:
+    git = ["git", "-C", str(place), "-c", "user.name=t", "-c", "user.email=t@localhost"]
+    subprocess.run([*git, "add", "--all"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message", "more"], check=True)
+    return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def place(built: Built, tmp_path: Path) -> Iterator[Place]:
+    upstream, root = tmp_path / "upstream", tmp_path / "checkout"
+    shutil.copytree(built.checkout.root / "vendor/starter", upstream)
+    subprocess.run(["git", "init", "--quiet", "--initial-branch", "main", str(upstream)], check=True)
+    commit(upstream)
+    shutil.copytree(built.checkout.root, root, symlinks=True)
+    (root / "build/history.jsonl").unlink(missing_ok=True)
+    env = {
+        **built.checkout.env, "INVOKE_IMAGE": NAME, "INVOKE_OPENAGENTS_URL": str(upstream),
+        "INVOKE_NIGHTLY_BUMP": "openagents", "INVOKE_SMOKE_READY_SECONDS": "20",
+    }  # fmt: skip
+    found = Place(built, replace(built.checkout, root=root, env=env), upstream)
+    yield found
+    for tag in found.tags():
+        built.engine.ask(built.engine.argv("rmi", built.engine.local(f"{NAME}:{tag}")))
+
+
+def test_nights_release_what_moved_and_find_nothing_else_to_do(place: Place) -> None:
+    first = place.night()
+    assert first.code == 0, first.stdout + first.stderr
+    assert "nightly: released" in first.stdout
+    old = place.state()
+    new = place.commit(AGENT, "---\ndescription: another\nmode: primary\n---\nBuild it.\n")
+    look = place.night("--dry-run")
+    assert f"-> {new[:12]}" in look.stdout
+    assert place.state() == old
+    moved = place.night()
+    assert moved.code == 0, moved.stdout + moved.stderr
+    tags, engine = place.tags(), place.built.engine
+    assert tags["previous"] == old["latest"]
+    image = engine.image(engine.local(f"{NAME}:latest"))
+    assert image
+    assert image["Config"]["Labels"]["opencode-server.openagents.commit"] == new
+    assert any(tag.endswith(f"-{new[:7]}") and tags[tag] == tags["latest"] for tag in tags)
+    assert json.loads((place.checkout.root / "locks/openagents.json").read_text())["commit"] == new
+    assert "another" in (place.checkout.root / "vendor/OpenAgents" / AGENT).read_text()
+    record = place.records()[-1]
+    assert record["probes"]["agents"][0] is True
+    assert record["size"] > 500e6
+
+    before = place.state(), place.built.containers(), place.tags()
+    still = place.night()
+    assert still.code == 0, still.stdout + still.stderr
+    assert "nightly: unchanged" in still.stdout
+    assert (place.state(), place.built.containers(), place.tags()) == before
+    assert [each["outcome"] for each in place.records()] == ["released", "released", "unchanged"]
+
+
+@PODMAN
+def test_an_upstream_that_breaks_the_image_is_never_released_and_the_next_night_heals(place: Place) -> None:
+    assert place.night().code == 0
+    before, containers = place.state(), place.built.containers()
+    good = (place.upstream / AGENT).read_text()
+    place.commit(AGENT, "---\nmode: [nonsense\n---\nThis is no agent.\n")
+    done = place.night()
+    done.failed("NightFailed", 60, "smoke: ", "latest, previous, locks/ and vendor/ are as they were")
+    assert (place.state(), place.built.containers()) == (before, containers)
+    assert place.records()[-1]["where"] == "smoke"
+
+    place.commit(AGENT, good + "\nMore.\n")
+    night = place.checkout.start("nightly", "--engine", "podman")
+    night.until("smoke: ")
+    night.end(signal.SIGKILL)
+    assert place.state() == before
+    healed = place.night()
+    assert healed.code == 0, healed.stdout + healed.stderr
+    assert place.tags()["previous"] == before["latest"]
+    assert place.built.containers() == containers
+    assert list((place.checkout.root / "build").glob("night-*")) == []
+
+    for latest in (before["latest"], place.tags()["latest"]):
+        back = place.checkout.inv("rollback", "--engine", "podman")
+        assert back.code == 0, back.stdout + back.stderr
+        assert place.tags()["latest"] == latest
+    place.checkout.inv("prune", "--keep", "1", "--engine", "podman")
+    assert {before["latest"], place.tags()["latest"]} <= set(place.tags().values()), "one is latest, one is previous"
+
+
+def test_datadog_is_told_by_the_images_own_client(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DD_API_KEY", "k3y")
+    engine = built.engine
+    with receiver(202) as (port, got):
+        monkeypatch.setenv("DD_API_URL", f"http://127.0.0.1:{port}")
+        settings = Settings(image=built.reference.rpartition("/")[2].partition(":")[0], notify={"datadog": True})
+        notify.tell(settings, engine, {"outcome": "failed", "where": "build", "why": "no", "seconds": 3.5})
+    assert sorted(path for path, _, _ in got) == ["/api/v1/events", "/api/v2/series"]
+    assert {headers["DD-API-KEY"] for _, headers, _ in got} == {"k3y"}
+    told = {path: body for path, _, body in got}
+    event = told["/api/v1/events"]
+    assert (event["title"], event["text"]) == ("opencode-server: failed build", "build: no")
+    assert event["alert_type"] == "error"
+    series = {each["metric"]: each["points"][0]["value"] for each in told["/api/v2/series"]["series"]}
+    assert series == {"opencode_server.nightly.seconds": 3.5, "opencode_server.nightly.released": 0}

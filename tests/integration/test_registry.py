@@ -1,0 +1,235 @@
+"""Images to and from Debian's docker-registry on loopback, with and without a password, by both engines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import re
+import shutil
+import subprocess
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from pipeline import engine as engines
+from pipeline import history, process, registry, release, smoke
+from pipeline.engine import Engine, exit_program
+from pipeline.errors import NoSuchRelease, NotPinned, RegistryRefused, RegistryUnreachable
+from pipeline.settings import Settings
+from tests.conftest import Dockerd, storage
+from tests.servers import free_port, http_server
+
+NAME = "opencode-server-pushed"
+SETTINGS = Settings(image=NAME, network={"attempts": 2})
+Serve = Callable[..., contextlib.AbstractContextManager[str]]
+
+
+@contextlib.contextmanager
+def served(home: Path, *, port: int = 0, password: str = "") -> Iterator[str]:
+    """Run a registry; yield its host and port."""
+    host = f"127.0.0.1:{port or free_port()}"
+    program = shutil.which("docker-registry") or shutil.which("registry")
+    assert program, "no docker-registry; inv setup --tests installs it"
+    auth = ""
+    if password:
+        line = subprocess.run(["htpasswd", "-nbB", "me", password], check=True, capture_output=True, text=True).stdout
+        (home / "htpasswd").write_text(line)
+        auth = f"auth: {{htpasswd: {{realm: r, path: {home}/htpasswd}}}}\n"
+    (home / "config.yml").write_text(
+        f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {home}/data}}}}\n"
+        f"http: {{addr: '{host}'}}\n{auth}"
+    )
+    with (home / "log").open("wb") as log:
+        child = subprocess.Popen([program, "serve", str(home / "config.yml")], stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(requests.ConnectionError):
+                requests.get(f"http://{host}/v2/", timeout=2)
+                break
+            assert child.poll() is None, (home / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield host
+    finally:
+        child.terminate()
+        child.wait(20)
+
+
+@pytest.fixture(params=["podman", "docker"])
+def engine(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, podman_store: dict[str, str], dockerd: Dockerd,
+    tmp_path: Path,
+) -> Engine:  # fmt: skip
+    """An engine with one small image, called latest."""
+    for name, value in {**podman_store, **dockerd.env}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))  # podman's and docker's own log-ins
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+    for module in (engines, release):
+        monkeypatch.setattr(module, "BUILD", tmp_path)
+    monkeypatch.setattr(history, "FILE", tmp_path / "history.jsonl")
+    report = {"ready_seconds": 1, "probes": []}
+    monkeypatch.setattr(smoke, "smoke", lambda *_, **__: report)
+    found = engines.find(request.param)
+    for tag in release.tags(SETTINGS, found):
+        found.ask(found.argv("rmi", "--force", found.local(f"{NAME}:{tag}")))
+    imported(found, tmp_path, "a" * 40)
+    return found
+
+
+def imported(engine: Engine, tmp_path: Path, commit: str) -> str:
+    """Import an image of one program as latest, and return its ID."""
+    program, tar = exit_program(platform.machine()), tmp_path / "image.tar"
+    with tarfile.open(tar, "w") as archive:
+        member = tarfile.TarInfo("exit0")
+        member.size, member.mode = len(program), 0o755
+        archive.addfile(member, BytesIO(program))
+        member = tarfile.TarInfo("commit")
+        member.size = len(commit)
+        archive.addfile(member, BytesIO(commit.encode()))
+    labels = {"kind": "openagents", "commit": commit}
+    changes = ['CMD ["/exit0"]', *(f"LABEL opencode-server.openagents.{key}={value}" for key, value in labels.items())]
+    done = engine.ask(engine.import_(tar, f"{NAME}:latest", changes))
+    assert done.ok, done.said
+    return str(release.find(SETTINGS, engine, "latest")["Id"])
+
+
+def forget(engine: Engine) -> None:
+    """Remove every image of ours, as on another machine."""
+    for name in engine.ask(engine.argv("images", "--format", "{{.ID}} {{.Repository}}")).stdout.splitlines():
+        if NAME in name or "/team/" in name or "<none>" in name:
+            engine.ask(engine.argv("rmi", "--force", name.split()[0]))
+
+
+@pytest.mark.engine
+def test_what_is_pushed_is_pulled_by_its_digest_and_promoted_elsewhere(
+    engine: Engine, tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = release.find(SETTINGS, engine, "latest")["Id"]
+    with served(tmp_path) as host:
+        assert registry.push(SETTINGS, engine, f"{host}/team/opencode", dry_run=True) == ""
+        pinned = registry.push(SETTINGS, engine, f"{host}/team/opencode")
+        (tag,) = requests.get(f"http://{host}/v2/team/opencode/tags/list", timeout=5).json()["tags"]
+        assert re.fullmatch(r"\d{8}-aaaaaaa", tag)
+        assert pinned == f"{host}/team/opencode@{registry.digest_of(f'{host}/team/opencode', tag)}"
+        assert history.read()[0][-1]["to"] == pinned
+        # A year later the tag means something else; the digest does not.
+        other = imported(engine, tmp_path, "a" * 39 + "b")
+        engine.tag(other, f"{host}/team/opencode:{tag}")
+        plain = engine.push(f"{host}/team/opencode:{tag}")
+        assert engine.ask(plain).ok
+        assert not pinned.endswith(registry.digest_of(f"{host}/team/opencode", tag))
+        forget(engine)
+        if engine.podman:
+            for name, value in storage(scratch / f"elsewhere-{tmp_path.name}").items():
+                monkeypatch.setenv(name, value)
+        assert release.tags(SETTINGS, engine) == {}
+        registry.pull(SETTINGS, engine, pinned, dry_run=True)
+        assert release.tags(SETTINGS, engine) == {}
+        registry.pull(SETTINGS, engine, pinned)
+    release.release(SETTINGS, engine)
+    tags = release.tags(SETTINGS, engine)
+    assert set(tags) == {"candidate", "latest", next(tag for tag in tags if release.DATED.fullmatch(tag))}
+    assert all(history.same(each, identity) for each in tags.values()), "the same image, to the bit"
+
+
+@pytest.mark.engine
+def test_a_registry_with_a_password(engine: Engine, tmp_path: Path) -> None:
+    with served(tmp_path, password="letmein") as host:  # noqa: S106
+        with pytest.raises(RegistryRefused, match="wants a password"):
+            registry.push(SETTINGS, engine, f"{host}/team/opencode")
+        plain = ["--tls-verify=false"] if engine.podman else []
+        login = engine.argv("login", *plain, "--username", "me", "--password-stdin", host)
+        assert process.run(login, stdin=b"letmein").ok
+        pinned = registry.push(SETTINGS, engine, f"{host}/team/opencode")
+        forget(engine)
+        registry.pull(SETTINGS, engine, pinned)
+        assert "candidate" in release.tags(SETTINGS, engine)
+        assert process.run(engine.argv("logout", host)).ok
+        with pytest.raises(RegistryRefused, match="wants a password"):
+            registry.pull(SETTINGS, engine, pinned.replace("sha256:", "sha256:0")[: len(pinned)])
+
+
+@pytest.mark.engine
+def test_a_registry_that_comes_back_is_tried_again(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, tries = free_port(), 0
+    with contextlib.ExitStack() as stack:
+
+        def ask(self: Engine, argv: Sequence[str], **kwargs: Any) -> process.Completed:
+            nonlocal tries
+            if "push" in argv:
+                tries += 1
+            if tries == 2:
+                stack.enter_context(served(tmp_path, port=port))
+                tries += 1
+            return process.run(argv, timeout=kwargs.get("timeout"), env=self.env)
+
+        monkeypatch.setattr(Engine, "ask", ask)
+        assert registry.push(SETTINGS, engine, f"127.0.0.1:{port}/team/opencode")
+    assert tries == 3
+
+
+@pytest.mark.engine
+def test_what_a_registry_cannot_give(engine: Engine, tmp_path: Path) -> None:
+    digest = "sha256:" + "1" * 64
+    with served(tmp_path) as host, pytest.raises(RegistryRefused, match="does not have it"):
+        registry.pull(SETTINGS, engine, f"{host}/team/opencode@{digest}")
+    with pytest.raises(RegistryUnreachable):
+        registry.pull(SETTINGS, engine, f"{host}/team/opencode@{digest}")
+    with http_server(lambda _path, _headers: (500, b"out of order")) as port, pytest.raises(RegistryUnreachable):
+        registry.pull(SETTINGS, engine, f"127.0.0.1:{port}/team/opencode@{digest}")
+    with pytest.raises(NoSuchRelease):
+        registry.push(SETTINGS, engine, f"{host}/team/opencode", "no-such-tag")
+    for name in (f"{host}/team/opencode:latest", f"{host}/team/opencode", f"{host}/team/opencode@sha256:1"):
+        with pytest.raises(NotPinned):
+            registry.pull(SETTINGS, engine, name)
+    assert set(release.tags(SETTINGS, engine)) == {"latest"}
+
+
+@pytest.mark.server
+def test_a_public_registry_hands_out_a_token_first() -> None:
+    """As Docker Hub does it."""
+    digest, seen = "sha256:" + "2" * 64, []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            seen.append(self.headers["Authorization"])
+            signed = self.headers["Authorization"] == "Bearer t0k3n"
+            self.send_response(200 if signed else 401)
+            host = self.headers["Host"]
+            challenge = f'Bearer realm="http://{host}/token",service="hub",scope="repository:library/node:pull"'
+            self.send_header(*(("Docker-Content-Digest", digest) if signed else ("WWW-Authenticate", challenge)))
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            assert self.path == "/token?service=hub&scope=repository%3Alibrary%2Fnode%3Apull"
+            body = json.dumps({"token": "t0k3n"}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Hub) as hub:
+        thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            assert registry.digest_of(f"127.0.0.1:{hub.server_port}/library/node", "20-slim") == digest
+        finally:
+            hub.shutdown()
+            thread.join()
+    assert seen == [None, "Bearer t0k3n"]

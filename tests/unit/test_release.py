@@ -1,0 +1,181 @@
+"""Which tags move, which images go, and what a release that was cut short comes to."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import history, release, smoke
+from pipeline.errors import NoSuchRelease, NotReleased, SmokeFailed
+from pipeline.settings import Settings
+from tests.stub_engine import StubEngine
+
+REAL, STARTER = "openagents", "starter"
+REPORT = {"ready_seconds": 1.5, "probes": [{"name": "a", "passed": True, "seconds": 0.5}]}
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StubEngine:
+    monkeypatch.setattr(release, "BUILD", tmp_path)
+    monkeypatch.setattr(history, "FILE", tmp_path / "history.jsonl")
+    monkeypatch.setattr(smoke, "smoke", lambda *_, **__: REPORT)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1800000000")  # 2027-01-15
+    return StubEngine("docker", "/d", "20.10", str(tmp_path / "engine.json"))
+
+
+@pytest.mark.parametrize(
+    ("before", "kind", "after"),
+    [
+        ({}, REAL, {"latest": "new"}),
+        ({}, STARTER, {"latest": "new"}),
+        ({"latest": ("new", REAL)}, REAL, {"latest": "new"}),
+        ({"latest": ("new", REAL), "previous": ("old", REAL)}, REAL, {"latest": "new", "previous": "old"}),
+        ({"latest": ("old", REAL)}, REAL, {"latest": "new", "previous": "old"}),
+        ({"latest": ("old", REAL), "previous": ("older", REAL)}, REAL, {"latest": "new", "previous": "old"}),
+        ({"latest": ("old", STARTER)}, STARTER, {"latest": "new", "previous": "old"}),
+        ({"latest": ("old", STARTER)}, REAL, {"latest": "new", "previous": "old"}),
+        ({"latest": ("old", "")}, STARTER, {"latest": "new", "previous": "old"}),
+        ({"latest": ("old", REAL)}, STARTER, {"latest": "old"}),
+        ({"latest": ("old", REAL), "previous": ("older", REAL)}, STARTER, {"latest": "old", "previous": "older"}),
+    ],
+)
+def test_which_tags_move(
+    engine: StubEngine, before: dict[str, tuple[str, str]], kind: str, after: dict[str, str]
+) -> None:
+    for tag, (identity, its_kind) in before.items():
+        engine.add(f"opencode-server:{tag}", identity, kind=its_kind)
+    image = engine.add("", "new", kind=kind)
+    for _ in range(2):  # again: nothing more moves
+        release.promote(Settings(), engine, image)
+        tags = engine.tags()
+        assert {name: identity for name, identity in tags.items() if not release.DATED.fullmatch(name)} == after
+        moved = before.get("latest", ("", ""))[0] != "new" and after["latest"] == "new"
+        assert [each for tag, each in tags.items() if release.DATED.fullmatch(tag)] == ["new"] * moved
+
+
+def test_the_dated_tag_is_of_today_and_the_commit_and_never_moves(engine: StubEngine) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    made = []
+    for number in range(8):
+        image = engine.add("", f"id{number}", commit=commit)
+        release.promote(Settings(), engine, image)
+        made.append(release.dated_tag(Settings(), engine, image))
+    assert made[:2] == ["20270115-0123456", "20270115-01234567"]
+    assert made[5:] == ["20270115-0123456789ab", "20270115-0123456789ab-2", "20270115-0123456789ab-3"]
+    tags = engine.tags()
+    assert [tags[tag] for tag in made] == [f"id{number}" for number in range(8)]
+    edited = release.dated_tag(Settings(), engine, engine.add("", "e", commit="fedcba9876543210-edited"))
+    assert edited == "20270115-fedcba9"
+    assert re.fullmatch(release.DATED, release.dated_tag(Settings(), engine, engine.add("", "s", commit="starter")))
+
+
+def test_back_and_forward_again(engine: StubEngine) -> None:
+    for identity in ("one", "two"):
+        release.promote(Settings(), engine, engine.add("", identity))
+    release.rollback(Settings(), engine, dry_run=True)
+    assert engine.tags()["latest"] == "two"
+    for latest, previous in (("one", "two"), ("two", "one")):
+        release.rollback(Settings(), engine)
+        assert (engine.tags()["latest"], engine.tags()["previous"]) == (latest, previous)
+    named = next(tag for tag, identity in engine.tags().items() if identity == "one" and release.DATED.fullmatch(tag))
+    release.rollback(Settings(), engine, named)
+    assert engine.tags()["latest"] == "one"
+    records = history.read()[0]
+    assert [record["kind"] for record in records] == ["release"] * 2 + ["rollback"] * 3
+    assert records[-1]["from"] == "sha256:two"
+    with pytest.raises(NoSuchRelease, match="latest already"):
+        release.rollback(Settings(), engine, "one")
+    with pytest.raises(NoSuchRelease, match="no image nothing"):
+        release.rollback(Settings(), engine, "nothing")
+
+
+def test_what_fails_its_smoke_is_not_gone_back_to(engine: StubEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for identity in ("one", "two"):
+        release.promote(Settings(), engine, engine.add("", identity))
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise SmokeFailed("it fails", "See.")
+
+    monkeypatch.setattr(smoke, "smoke", fails)
+    before = engine.tags()
+    with pytest.raises(SmokeFailed):
+        release.rollback(Settings(), engine)
+    assert engine.tags() == before
+
+
+def test_promote_says_so_when_it_may_not(engine: StubEngine) -> None:
+    engine.add("opencode-server:latest", "old")
+    engine.add("opencode-server:candidate", "new", kind=STARTER)
+    with pytest.raises(NotReleased):
+        release.release(Settings(), engine)
+    engine.add("opencode-server:candidate", "newer")
+    release.release(Settings(), engine, dry_run=True)
+    assert engine.tags()["latest"] == "old"
+    release.release(Settings(), engine)
+    assert engine.tags()["latest"] == "newer"
+    assert history.read()[0][-1]["probes"] == {"a": [True, 0.5]}
+
+
+def test_a_release_whose_image_is_gone_blocks_nothing(engine: StubEngine, tmp_path: Path) -> None:
+    journal = {"image": "opencode-server", "tags": {"latest": "sha256:gone"}, "staged": ""}
+    (tmp_path / "release-docker.json").write_text(json.dumps(journal))
+    assert release.finish(engine)
+    assert engine.tags() == {}
+    assert not release.finish(engine)
+
+
+def test_prune_keeps_the_newest_and_what_is_in_use(engine: StubEngine) -> None:
+    name = "opencode-server"
+    for number in range(6):
+        layers = ["base", f"runtime{number}", "top"]
+        engine.add(f"{name}:2027011{number}-aaaaaaa", f"id{number}", created=f"2027-01-1{number}", layers=layers)
+        engine.add(
+            f"opencode-server-runtime:{number}",
+            f"run{number}",
+            kind="",
+            layers=layers[:2],
+            created=f"2027-01-1{number}",
+        )
+    engine.add("opencode-server-base:made-1", "base", kind="", layers=["base"])
+    engine.add("", "loose", layers=["base", "x"])
+    engine.add("", "somebody's", kind="")
+    engine.tag("id1", f"{name}:previous")
+    engine.tag("id5", f"{name}:latest")
+    said = engine.read()
+    said["containers"]["c"] = "id2"
+    engine.write(said)
+    before = engine.read()
+    gone = release.prune(Settings(), engine, 2, dry_run=True)
+    assert engine.read() == before
+    assert release.prune(Settings(), engine, 2) == gone
+    assert set(gone) == {
+        f"{name}:20270110-aaaaaaa", f"{name}:20270113-aaaaaaa",
+        "opencode-server-runtime:0", "opencode-server-runtime:3", "loose",
+    }  # fmt: skip
+    assert {"id1", "id2", "id4", "id5", "run1", "run2", "run4", "run5", "base", "somebody's"} == set(
+        engine.read()["images"]
+    )
+    assert release.prune(Settings(), engine, 2) == []
+
+
+def test_history_survives_a_torn_line(engine: StubEngine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert engine
+    history.append({"kind": "one"})
+    history.append({"kind": "two"})
+    whole = history.FILE.read_bytes()
+    history.FILE.write_bytes(whole[:-9])
+    history.append({"kind": "three"})
+    assert ([record["kind"] for record in history.read()[0]], history.read()[1]) == (["one", "three"], 1)
+    history.FILE.write_bytes(history.FILE.read_bytes() + b"\x00\x00\xff\n[1]\n")
+    assert history.read()[1] == 3
+    history.show()
+    out = capsys.readouterr().out
+    assert "3 lines of history.jsonl are torn" in out
+    assert "three" in out
+    history.show(lines=True)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["kind"] for line in lines] == ["one", "three"]
