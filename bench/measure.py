@@ -11,9 +11,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
+from bench.ratio import Ratio
 from pipeline import base, ca, host, process
 from pipeline.container import Server, running, wait_ready
 from pipeline.engine import Engine
@@ -28,34 +29,13 @@ NAIVE = "opencode-server-naive:bench"
 OURS = "opencode-server-bench"
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """``ours`` over ``theirs``, both in ``unit``; ``aim`` is what it should be at most."""
-
-    name: str
-    against: str
-    unit: str
-    ours: float
-    theirs: float
-    aim: float
-
-    @property
-    def ratio(self) -> float:
-        """Return ours over theirs; less is better."""
-        return self.ours / self.theirs
-
-
 def bench(settings: Settings, engine: Engine, *, only: str = "", dry_run: bool = False) -> list[Ratio]:
-    """Run the benchmark named in ``only`` (list, cold, start or memory; all when empty); write ``build/bench.json``.
+    """Run the benchmark named in ``only`` (list, cold, start, backup, memory; empty is all); write build/bench.json.
 
     Raises SettingRefused when there is none of that name, NoSuchImage when there is no candidate to start.
     """
-    parts: dict[str, Callable[[Settings, Engine], list[Ratio]]] = {
-        "list": listing,
-        "cold": cold,
-        "start": start,
-        "memory": remembering,
-    }
+    parts: dict[str, Callable[[Settings, Engine], list[Ratio]]]
+    parts = {"list": listing, "cold": cold, "start": start, "backup": backup, "memory": remembering}
     chosen = [name for name in parts if only in ("", name)]
     if not chosen:
         raise SettingRefused(f"there is no benchmark {only}", f"There are {', '.join(parts)}.")
@@ -72,6 +52,13 @@ def bench(settings: Settings, engine: Engine, *, only: str = "", dry_run: bool =
     results = [asdict(each) | {"ratio": round(each.ratio, 4)} for each in ratios]
     write_json(BUILD / "bench.json", {"engine": engine.name, "finished": now(), "results": results})
     return ratios
+
+
+def backup(_settings: Settings, _engine: Engine) -> list[Ratio]:
+    """Time a backup and a restore of 100,000 keys and as many pairs of nodes."""
+    from bench import backup as drills
+
+    return drills.bench()
 
 
 def listing(_settings: Settings, _engine: Engine) -> list[Ratio]:

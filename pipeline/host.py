@@ -44,6 +44,8 @@ FOR_TESTS: Mapping[Manager, Mapping[str, str]] = {
         "iptables": "iptables",
         "ip": "iproute2",
         "openssl": "openssl",
+        "rclone": "rclone",
+        "redis-cli": "redis-tools",
     },
     "dnf": {
         "dockerd": "moby-engine docker-cli",
@@ -51,6 +53,8 @@ FOR_TESTS: Mapping[Manager, Mapping[str, str]] = {
         "iptables": "iptables-nft",
         "ip": "iproute",
         "openssl": "openssl",
+        "rclone": "rclone",
+        "redis-cli": "redis",
     },
     "brew": {},
 }

@@ -83,9 +83,8 @@ class Queue:
             import redis.asyncio
 
             # Its own tries would take three seconds to say that nobody listens.
-            self._client = redis.asyncio.Redis(
-                **self._place.options(COMMAND_SECONDS), decode_responses=True, protocol=2, retry=None
-            )
+            options: dict[str, Any] = {**self._place.options(COMMAND_SECONDS), "retry": None}
+            self._client = redis.asyncio.Redis(**options, decode_responses=True, protocol=2)
         from redis.exceptions import AuthenticationError, ConnectionError, TimeoutError  # noqa: A004
 
         try:
