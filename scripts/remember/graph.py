@@ -159,6 +159,7 @@ class Graph:
         os.environ["GRAPHITI_TELEMETRY_ENABLED"] = "false"
         os.environ["EMBEDDING_DIM"] = str(self.settings.embedding_dim)
         observe.start()
+        db.execute_command = db.connection.execute_command  # it was bound before that was traced
         logging.getLogger("graphiti_core").setLevel(logging.CRITICAL + 1)  # it logs what is remembered
         from graphiti_core import Graphiti
 

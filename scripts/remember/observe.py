@@ -45,6 +45,7 @@ def start() -> None:
     """
     if agent_answers():
         os.environ.setdefault("DD_SERVICE", "opencode-memory")
+        os.environ["DD_REDIS_CMD_MAX_LENGTH"] = "12"  # a command's name: what follows it is what is remembered
         import ddtrace.auto  # noqa: F401 -- importing it is what instruments the rest
 
 

@@ -84,7 +84,7 @@ def test_a_fact_that_holds_no_longer_says_until_when(rig: Rig) -> None:
 
 def test_memories_are_digested_in_order_and_projects_beside_each_other(rig: Rig, fake: FakeOpenAI) -> None:
     texts = [f"Step{number} follows Start." for number in range(8)]
-    fake.fail(LATE, after=0.2, times=0, path="/chat/completions", holding="Step")  # long enough for all workers to come
+    fake.fail(LATE, after=0.1, times=0, path="/chat/completions", holding="Step")  # long enough for all workers to come
     add(rig, *texts)
     other = {**rig.env, "MEMORY_PROJECT": f"{rig.env['MEMORY_PROJECT']}-other"}
     apart = Rig(rig.python, rig.cwd, other)

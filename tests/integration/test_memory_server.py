@@ -177,14 +177,17 @@ def test_metrics_that_nobody_takes_stop_nothing(rig: Rig) -> None:
 def test_where_an_agent_answers_the_work_is_traced(rig: Rig) -> None:
     rig.json("add", "Lea met Max.")
     with collector() as (port, taken):
-        done = rig.run(
-            "work", "--once", DD_TRACE_AGENT_URL=f"http://127.0.0.1:{port}", PYTHONPATH="/x/ddtrace/bootstrap"
-        )
-    assert done.code == 0
+        env = {"DD_TRACE_AGENT_URL": f"http://127.0.0.1:{port}"}
+        assert rig.run("work", "--once", **env).code == 0
+        rig.json("search", "wherewithal", **env)
     spans = b"".join(body for path, _, body in taken if path.endswith("/traces"))
     assert b"memory.digest" in spans
     assert b"opencode-memory" in spans
     assert b"openai" in spans
+    assert b"Lea met" not in spans, "what is remembered is nobody else's"
+    assert b"memory.search" in spans
+    assert b"GRAPH.QUERY" in spans
+    assert b"wherewithal" not in spans
 
 
 def test_an_agent_is_asked_before_anything_is_traced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
