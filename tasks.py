@@ -102,10 +102,13 @@ def build(context: Context, engine: str = "", ca: str = "", no_cache: bool = Fal
     help={
         "url": "ask a server that already runs, instead; OPENCODE_SERVER_PASSWORD is its password",
         "image": "another image than opencode-server:candidate; no tag is moved",
+        "deep": "have a whole conversation too, with a model that needs no account",
         **ENGINE,
     }
 )
-def smoke(context: Context, url: str = "", image: str = "", engine: str = "", dry_run: bool = False) -> None:
+def smoke(
+    context: Context, url: str = "", image: str = "", deep: bool = False, engine: str = "", dry_run: bool = False
+) -> None:
     """Start the candidate, ask it everything, and tag it latest when every answer is right."""
     from pipeline import engine as engines
     from pipeline import smoke as smoking
@@ -114,7 +117,7 @@ def smoke(context: Context, url: str = "", image: str = "", engine: str = "", dr
         if url:
             smoking.smoke_url(settings, url)
         else:
-            smoking.smoke(settings, engines.find(settings.engine), image, dry_run=dry_run)
+            smoking.smoke(settings, engines.find(settings.engine), image, deep=deep, dry_run=dry_run)
 
 
 @task

@@ -23,8 +23,11 @@ from pipeline.errors import BaseUnavailable, DiskFull, LockBroken, NotWritable
 from pipeline.report import say, warn
 from pipeline.settings import ROOT, Settings
 
-RECIPE = "1"
+RECIPE = "2"
 """Raised when what ``make`` does changes, so that an image made by the older recipe is not taken for this one."""
+
+MERGED_USR = Path("/usr/share/mmdebstrap/hooks/merged-usr")
+"""Lays / out as Debian's installer does. Without it a package does that, which brings all of perl: 47 MB."""
 
 PULL_SECONDS = 900
 """How long 80 MB from a registry may take before the next one is tried."""
@@ -232,6 +235,7 @@ def debian_argv(lock: Lock, mirror: str, node: Path, output: Path) -> list[str]:
     """Return the mmdebstrap call: what debian:slim leaves out is left out, ``node`` goes to /, its user is made."""
     excluded = ("doc/*", "man/*", "locale/*", "groff/*", "info/*", "lintian/*", "linda/*")
     argv = ["mmdebstrap", "--quiet", "--variant=minbase", "--format=tar", "--include=libstdc++6"]
+    argv += [f"--hook-dir={MERGED_USR}"]
     argv += [f"--dpkgopt=path-exclude=/usr/share/{path}" for path in excluded]
     argv += ["--dpkgopt=path-include=/usr/share/doc/*/copyright"]
     argv += ['--aptopt=Acquire::Languages "none"', '--aptopt=Apt::AutoRemove::SuggestsImportant "false"']

@@ -6,9 +6,12 @@ fail in it. The stages of the Containerfile that fetch copy ``vendor/ca/``; the 
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import re
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
 from pipeline.errors import SettingRefused
@@ -60,12 +63,20 @@ def staged(folder: Path = STAGED.parent) -> dict[str, str]:
 
 
 def _without_public(ours: dict[str, str]) -> dict[str, str]:
-    import certifi
-
-    for listed in (Path(certifi.where()), *PUBLIC.glob("*.crt")):
+    for listed in (*_certifi(), *PUBLIC.glob("*.crt")):
         for body in certificates(listed.read_text(errors="replace")):
             ours.pop(body, None)
     return ours
+
+
+def _certifi() -> list[Path]:
+    """Return certifi's list if it is as published: people add their office's CA to it, which makes it no public one."""
+    for file in metadata.files("certifi") or []:
+        if file.name == "cacert.pem" and file.hash:
+            digest = hashlib.sha256(file.read_binary()).digest()
+            if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() == file.hash.value:
+                return [Path(str(file.locate()))]
+    return []
 
 
 def stage(setting: str, environ: Mapping[str, str] = os.environ, place: Path = STAGED) -> int:

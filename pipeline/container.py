@@ -9,8 +9,8 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 PREFIX = "opencode-server-smoke"
 PORT = 4096
+STATE, WORK = "/root/.local/share/opencode", "/workspace"
+"""The two volumes; nothing else that a server writes outlives it."""
+
 SECRET = "OPENCODE_SERVER_PASSWORD"  # noqa: S105 -- the variable's name
 
 
@@ -36,16 +39,29 @@ class Server:
     password: str = ""
     timeout: float = 5.0
 
-    def get(self, path: str, *, signed_in: bool = True, timeout: float | None = None) -> requests.Response:
+    def get(self, path: str, *, timeout: float | None = None) -> requests.Response:
         """GET ``path``. Raises requests.RequestException."""
+        return self.send("GET", path, timeout=timeout)
+
+    def send(self, method: str, path: str, body: object = None, *, timeout: float | None = None) -> requests.Response:
+        """Send a request with ``body`` as JSON. Raises requests.RequestException."""
+        with self.session() as session:
+            return session.request(method, f"{self.url}{path}", json=body, timeout=timeout or self.timeout)
+
+    def listen(self, path: str, *, timeout: float) -> requests.Response:
+        """GET a stream of events; ``timeout`` is how long it may be silent. Raises requests.RequestException."""
+        return self.session().get(f"{self.url}{path}", stream=True, timeout=timeout)
+
+    def session(self) -> requests.Session:
+        """Return a session that signs in."""
         import requests
 
+        session = requests.Session()
+        # A proxy of the environment has no business on loopback; elsewhere it and the CA bundle count.
+        session.trust_env = urlsplit(self.url).hostname not in {"127.0.0.1", "localhost", "::1"}
         user = os.environ.get("OPENCODE_SERVER_USERNAME", "opencode")
-        auth = (user, self.password) if self.password and signed_in else None
-        with requests.Session() as session:
-            # A proxy of the environment has no business on loopback; elsewhere it and the CA bundle count.
-            session.trust_env = urlsplit(self.url).hostname not in {"127.0.0.1", "localhost", "::1"}
-            return session.get(f"{self.url}{path}", auth=auth, timeout=timeout or self.timeout)
+        session.auth = (user, self.password) if self.password else None
+        return session
 
 
 @dataclass
@@ -82,7 +98,8 @@ class Container:
         """Wait likewise, asking from inside: for a container without a network. Raises ServerDied, ServerSilent."""
         ask = (  # a request is given a quarter of a second, and twice as long each time it is not answered
             "m=250; until curl -fsS -o /dev/null -m $((m / 1000)).$((m % 1000)) "
-            f"http://localhost:{PORT}/config 2>/dev/null; do [ $? != 28 ] || m=$((m * 2)); sleep 0.02; done"
+            f"http://localhost:{PORT}/config 2>/dev/null; do [ $? != 28 ] || m=$((m * 2)); sleep 0.02; done; "
+            "date +%s.%N"
         )
         left = max(0.1, self.began + seconds - time.monotonic())
         done = self.exec("timeout", f"{left:.1f}", "sh", "-c", ask, timeout=left + 10)
@@ -91,7 +108,21 @@ class Container:
             raise ServerSilent(
                 f"without a network the server did not answer within {seconds:g} s", "See its log above.", self.logs()
             )
-        self.ready_seconds = time.monotonic() - self.began
+        # The engine's client takes a tenth of a second to come back, which is not the server's.
+        back = time.time() - float(done.stdout or time.time())
+        self.ready_seconds = time.monotonic() - self.began - min(max(back, 0.0), 1.0)
+
+    def restart(self, seconds: float) -> Server:
+        """Stop it and start it again, and wait until it is ready: only its volumes last. Raises as ``wait_ready``."""
+        assert self.server is not None  # noqa: S101 -- published containers have one
+        for verb in ("stop", "start"):
+            done = self.engine.ask(self.engine.argv(verb, self.name), timeout=60)
+            if not done.ok:
+                raise EngineBroken(f"{self.engine.name} cannot {verb} a container", "inv doctor says more.", done.said)
+        self.began = time.monotonic()
+        self.server = replace(self.server, url=f"http://127.0.0.1:{_published(self)}")
+        self.wait_ready(seconds)
+        return self.server
 
     def _check_alive(self) -> None:
         state = self.state()
@@ -149,9 +180,16 @@ def wait_ready(
 
 @contextlib.contextmanager
 def running(
-    engine: Engine, image: str, *, port: int = 0, network: str = "", password: str = "", timeout: float = 5.0
+    engine: Engine,
+    image: str,
+    *,
+    port: int = 0,
+    network: str = "",
+    password: str = "",
+    env: Sequence[str] = (),
+    timeout: float = 5.0,
 ) -> Iterator[Container]:
-    """Start ``image``; yield the container; remove it whatever happens.
+    """Start ``image``, hardened; yield the container; remove it and its volumes whatever happens.
 
     It is published on 127.0.0.1 only, on ``port`` or one that the engine chooses; not at all with a ``network`` of its
     own choice. Raises PortTaken, ServerDied, EngineBroken.
@@ -160,10 +198,11 @@ def running(
     argv = engine.run(
         image,
         name=container.name,
-        env=[SECRET] if password else [],
+        env=[*([SECRET] if password else []), *env],
         publish="" if network else f"127.0.0.1:{port or ''}:{PORT}",
         network=network,
         labels={PREFIX: _here()},
+        volumes=[STATE, WORK],
     )
     try:
         done = engine.ask(argv, timeout=120, env={SECRET: password} if password else None)

@@ -35,6 +35,12 @@ ASK_SECONDS = 60.0
 STEERING = ("CONTAINER", "DOCKER", "XDG_", "HOME")
 """How the names of the variables begin that say where an engine and its images are."""
 
+USER = "1000:1000"
+"""``node`` in the image; any other would do."""
+
+BOUNDS = ("--memory", "4g", "--pids-limit", "1024")
+"""What a container of ours may take at most; a rootless engine without a cgroup of its own can bound nothing."""
+
 LIMITS = (("nofile", resource.RLIMIT_NOFILE), ("nproc", resource.RLIMIT_NPROC))
 
 
@@ -43,7 +49,8 @@ class Engine:
     """An engine that answers, with the flags it needs on this machine.
 
     ``store`` is the directory of its images, empty when that is on another machine or not ours to read.
-    ``flags`` go before the sub-command, ``limits`` on each ``run`` and ``build``.
+    ``flags`` go before the sub-command, ``limits`` on each ``run`` and ``build``. ``rootless``: root in a container is
+    the user here. ``bounded``: it can bound what a container takes.
     """
 
     name: Name
@@ -53,6 +60,8 @@ class Engine:
     flags: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
     buildkit: bool = False
+    rootless: bool = False
+    bounded: bool = True
 
     @property
     def podman(self) -> bool:
@@ -64,6 +73,13 @@ class Engine:
         """What to add to the environment of its client."""
         # A builder in a container of its own, which BUILDX_BUILDER may name, sees none of this machine's images.
         return {} if self.podman else {"DOCKER_BUILDKIT": "1" if self.buildkit else "0", "BUILDX_BUILDER": ""}
+
+    @property
+    def hardened(self) -> list[str]:
+        """What takes from a container all that the server does not need; as root only where root is the user."""
+        # docker's own choice for a tmpfs is noexec, and OpenCode loads libraries that it unpacks there.
+        words = ["--read-only", "--tmpfs", "/tmp:exec", "--cap-drop", "all", "--security-opt", "no-new-privileges"]  # noqa: S108 -- in the container
+        return [*words, *([] if self.rootless else ["--user", USER]), *(BOUNDS if self.bounded else ())]
 
     def local(self, name: str) -> str:
         """Return the reference of an image that was made here: podman keeps those under ``localhost/``."""
@@ -110,13 +126,14 @@ class Engine:
         publish: str = "",
         network: str = "",
         labels: Mapping[str, str] | None = None,
+        volumes: Sequence[str] = (),
         keep: bool = True,
     ) -> list[str]:
-        """Start a container in the background; ``keep=False`` waits for it and removes it.
+        """Start a hardened container in the background; ``keep=False`` waits for it and removes it.
 
         ``env`` holds names only, or name=value for what is no secret: a value on the command line shows in ``ps``.
         """
-        words = ["run", "--name", name, *self.limits]
+        words = ["run", "--name", name, *self.limits, *self.hardened]
         words.append("--detach" if keep else "--rm")
         for variable in env:
             words += ["--env", variable]
@@ -126,11 +143,14 @@ class Engine:
             words += ["--network", network]
         for key, value in (labels or {}).items():
             words += ["--label", f"{key}={value}"]
+        for volume in volumes:
+            words += ["--volume", volume]
         return self.argv(*words, image, *command)
 
-    def exec(self, container: str, *command: str, env: Sequence[str] = ()) -> list[str]:
-        """Run a command in a running container."""
-        return self.argv("exec", *(word for variable in env for word in ("--env", variable)), container, *command)
+    def exec(self, container: str, *command: str, env: Sequence[str] = (), detach: bool = False) -> list[str]:
+        """Run a command in a running container; ``detach`` does not wait for it."""
+        words = [*(["--detach"] if detach else []), *(word for variable in env for word in ("--env", variable))]
+        return self.argv("exec", *words, container, *command)
 
     def import_(self, tar: Path, tag: str, changes: Sequence[str] = ()) -> list[str]:
         """Make an image of one layer out of a root filesystem."""
@@ -274,7 +294,9 @@ def _look_podman(program: str) -> Engine | str:
         return done.said.splitlines()[-1] if done.said else f"exit code {done.code}"
     info = json.loads(done.stdout)
     remote = info["host"].get("serviceIsRemote", False)
-    return Engine("podman", program, info["version"]["Version"], "" if remote else info["store"]["graphRoot"])
+    rootless = bool(info["host"].get("security", {}).get("rootless"))
+    store = "" if remote else info["store"]["graphRoot"]
+    return Engine("podman", program, info["version"]["Version"], store, rootless=rootless)
 
 
 def _look_docker(program: str) -> Engine | str:
@@ -287,7 +309,9 @@ def _look_docker(program: str) -> Engine | str:
     client = process.run([program, "version", "--format", "{{.Client.Version}}"], timeout=ASK_SECONDS).stdout
     buildkit = "buildx" in plugins or int(client.split(".")[0] or 0) < 23  # noqa: PLR2004 -- see look()
     root = info.get("DockerRootDir", "")
-    return Engine("docker", program, info["ServerVersion"], root if os.access(root, os.R_OK) else "", buildkit=buildkit)
+    store = root if os.access(root, os.R_OK) else ""
+    rootless = "name=rootless" in (info.get("SecurityOptions") or [])
+    return Engine("docker", program, info["ServerVersion"], store, buildkit=buildkit, rootless=rootless)
 
 
 def adaptations(engine: Engine) -> list[Engine]:
@@ -296,8 +320,9 @@ def adaptations(engine: Engine) -> list[Engine]:
     crun refuses hybrid cgroups, where runc works. Without CAP_SYS_RESOURCE podman cannot raise limits to its
     defaults (``setrlimit RLIMIT_NPROC: Operation not permitted``): it is asked for no more than we have.
     """
+    free = replace(engine, bounded=False)
     if not engine.podman:
-        return [engine]
+        return [engine, free]
     limits: list[str] = []
     for name, number in LIMITS:
         hard = resource.getrlimit(number)[1]
@@ -306,7 +331,9 @@ def adaptations(engine: Engine) -> list[Engine]:
         limits += ["--ulimit", f"{name}={value}:{value}"]
     runc = ("--runtime", "runc") if shutil.which("runc") else ()
     tries = [((), ()), ((), tuple(limits)), (runc, ()), (runc, tuple(limits))]
-    return [replace(engine, flags=flags, limits=ulimits) for flags, ulimits in dict.fromkeys(tries)]
+    return [
+        replace(each, flags=flags, limits=ulimits) for each in (engine, free) for flags, ulimits in dict.fromkeys(tries)
+    ]
 
 
 def adapt(engine: Engine) -> Engine:
@@ -315,7 +342,7 @@ def adapt(engine: Engine) -> Engine:
     Raises EngineBroken when none does.
     """
     known = remembered(engine.name)
-    if known and replace(known, flags=engine.flags, limits=engine.limits) == engine:
+    if known and replace(known, flags=engine.flags, limits=engine.limits, bounded=engine.bounded) == engine:
         return known
     proven = prove(engine)
     record = {"circumstances": _circumstances(engine.name), "engine": asdict(proven)}
@@ -363,7 +390,9 @@ def prove(engine: Engine) -> Engine:
 
 def describe(engine: Engine) -> str:
     """Return the engine and what was adapted, in words."""
-    adapted = " ".join((*engine.flags, *engine.limits))
+    adapted = " ".join(
+        (*engine.flags, *engine.limits, *(() if engine.bounded else ("no bounds on memory or processes",)))
+    )
     builder = "" if engine.podman else ", BuildKit" if engine.buildkit else ", legacy builder"
     return f"{engine.name} {engine.version} ({engine.program}{builder})" + (f", with {adapted}" if adapted else "")
 

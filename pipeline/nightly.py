@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import hashlib
-import inspect
 import json
 import os
 import random
@@ -98,7 +97,7 @@ class Night:
             if latest and release.kind(latest) == "openagents" and release.kind(image) == "starter":
                 raise _Skip("it holds only the starter, and latest OpenAgents")
         with self.at("smoke"):
-            self.inv("smoke", "--image", image["Id"], *_deep())
+            self.inv("smoke", "--image", image["Id"], "--deep")
             smoked = read_json(self.tree / "build/smoke.json")
             self.record |= {"ready_seconds": smoked["ready_seconds"], "probes": release.probes(smoked)}
         with self.at("release"):
@@ -325,13 +324,6 @@ def _logged() -> Iterator[None]:
             raise
         finally:
             console.cache_clear()
-
-
-def _deep() -> list[str]:
-    """Return the flag for a whole conversation, where smoke takes it."""
-    from pipeline import smoke
-
-    return ["--deep"] if "deep" in inspect.signature(smoke.smoke).parameters else []
 
 
 def _age(created: str) -> timedelta:

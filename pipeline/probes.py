@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -112,11 +113,14 @@ class Subject:
 
 @dataclass(frozen=True)
 class Probe:
-    """A question. ``needs`` is "server" (any that runs), "image" (one of ours, started) or "offline" (its own)."""
+    """A question, asked of a Subject; of one that is a Talk where it ``needs`` a "deep" smoke.
+
+    Others need a "server" (any that runs), an "image" (one of ours, started) or "offline" (its own).
+    """
 
     name: str
     needs: str
-    ask: Callable[[Subject], str]
+    ask: Callable[[Any], str]
 
 
 def config(subject: Subject) -> str:
@@ -168,12 +172,47 @@ def skills(subject: Subject) -> str:
 
 
 def closed(subject: Subject) -> str:
-    """With a password set, nobody gets in without it."""
-    for path in ("/config", "/global/health", "/session"):
-        status = subject.server.get(path, signed_in=False).status_code
-        if status != 401:  # noqa: PLR2004 -- Unauthorized
-            raise Wrong(f"{path} answered {status} without the password")
-    return "401 without the password"
+    """With a password set, nobody gets in without it, or with another, by any route that the server documents."""
+    import requests
+
+    routes = [(method, path) for path, methods in subject.json("/doc")["paths"].items() for method in methods]
+    routes += [("get", path) for path in ("/", "/doc", "/no-such-page")]
+    user = os.environ.get("OPENCODE_SERVER_USERNAME", "opencode")
+    let_in = []
+    with subject.server.session() as session:
+        for credentials in (None, (user, "wrong"), ("nobody", subject.server.password)):
+            session.auth = credentials
+            for method, path in routes:
+                url = f"{subject.server.url}{re.sub('{.*?}', 'x', path)}"
+                status = session.request(method, url, timeout=subject.server.timeout).status_code
+                if status != requests.codes.unauthorized:
+                    let_in.append(f"{method.upper()} {path} answered {status} to {credentials or 'nobody'}")
+    if let_in:
+        raise Wrong(f"{len(let_in)} routes: {'; '.join(let_in[:3])}")
+    return f"401 on each of {len(routes)} routes"
+
+
+def hardened(subject: Subject) -> str:
+    """It runs on a root that is read-only, without capabilities, new privileges or root, in bounds."""
+    assert subject.container  # noqa: S101 -- needs image
+    engine = subject.container.engine
+    # In /proc/mounts the options are the fourth word, rw or ro the first of them.
+    script = "sed -n 's/^[^ ]* \\/ [^ ]* \\(r[ow]\\).*/Root: \\1/p' /proc/mounts; cat /proc/1/status"
+    lines = [line.split() for line in subject.inside("sh", "-c", script).splitlines()]
+    said = {line[0]: line[1] for line in lines if len(line) > 1}
+    wanted = {"Root:": "ro", "CapEff:": "0" * 16, "CapBnd:": "0" * 16, "NoNewPrivs:": "1"}
+    wrong = [f"{name} {said.get(name)}" for name, value in wanted.items() if said.get(name) != value]
+    if said.get("Uid:") == "0" and not engine.rootless:
+        wrong.append("it is root")
+    config = engine.ask(engine.argv("inspect", "--format", "{{json .HostConfig}}", subject.container.name), timeout=30)
+    bounds = json.loads(config.stdout)
+    if engine.bounded and not (bounds.get("Memory") and bounds.get("PidsLimit")):
+        wrong.append("no bounds")
+    if wrong:
+        raise Wrong(f"not hardened: {', '.join(wrong)}")
+    return (
+        f"read-only, no capabilities{'' if engine.rootless else ', not root'}{', in bounds' if engine.bounded else ''}"
+    )
 
 
 def healthcheck(subject: Subject) -> str:
@@ -310,6 +349,7 @@ PROBES = (
     Probe("commands", "server", commands),
     Probe("skills", "server", skills),
     Probe("closed", "image", closed),
+    Probe("hardened", "image", hardened),
     Probe("health check", "image", healthcheck),
     Probe("status", "image", status),
 )

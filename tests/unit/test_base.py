@@ -92,6 +92,7 @@ def test_the_tag_changes_with_everything_that_goes_in(
 def test_debian_is_made_by_this_call() -> None:
     argv = [
         *("mmdebstrap", "--quiet", "--variant=minbase", "--format=tar", "--include=libstdc++6"),
+        "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
         "--dpkgopt=path-exclude=/usr/share/doc/*",
         "--dpkgopt=path-exclude=/usr/share/man/*",
         "--dpkgopt=path-exclude=/usr/share/locale/*",

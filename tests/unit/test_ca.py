@@ -1,6 +1,7 @@
 """This network's certificate authorities: which bundle is taken, and what of it is staged."""
 
 import base64
+import hashlib
 import os
 from pathlib import Path
 
@@ -77,13 +78,6 @@ def test_public_ones_are_left_out_and_each_is_there_once(bundle: Path) -> None:
     assert ca.extra("", {}) == {}
 
 
-def test_those_of_certifi_are_public(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import certifi
-
-    monkeypatch.setattr(ca, "PUBLIC", tmp_path)
-    assert ca.extra(certifi.where(), {}) == {}
-
-
 def test_staging_writes_once_and_leaves_what_says_the_same_untouched(bundle: Path, tmp_path: Path) -> None:
     staged = tmp_path / "extra.crt"
     assert ca.stage(str(bundle), {}, staged) == 2
@@ -102,3 +96,20 @@ def test_staging_writes_once_and_leaves_what_says_the_same_untouched(bundle: Pat
     assert ca.stage(str(bundle), {}, staged) == 0
     assert staged.read_text() == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle.pem", "extra.crt", "mozilla"]
+
+
+def test_an_edited_certifi_is_no_list_of_public_ones(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "certifi-1.dist-info"
+    (tmp_path / "certifi").mkdir()
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: certifi\nVersion: 1\n")
+    published = f"{SECOND}\n".encode()
+    digest = base64.urlsafe_b64encode(hashlib.sha256(published).digest()).rstrip(b"=").decode()
+    (info / "RECORD").write_text(f"certifi/cacert.pem,sha256={digest},{len(published)}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "certifi/cacert.pem").write_bytes(published)
+    assert [*ca.extra(str(bundle), {}).values()] == [OURS]
+    (tmp_path / "certifi/cacert.pem").write_bytes(published + OURS.encode())
+    assert [*ca.extra(str(bundle), {}).values()] == [OURS, SECOND]

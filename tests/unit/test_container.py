@@ -124,12 +124,12 @@ def test_requests_are_signed_in_and_take_no_proxy(monkeypatch: pytest.MonkeyPatc
     with http_server(respond) as port:
         server = Server(f"http://127.0.0.1:{port}", "pw")
         server.get("/config")
-        server.get("/config", signed_in=False)
+        server.send("POST", "/session", {"title": "x"})
         monkeypatch.setenv("OPENCODE_SERVER_USERNAME", "me")
         server.get("/config")
         Server(server.url).get("/config")
     words = [base64.b64decode(each.removeprefix("Basic ")).decode() for each in signed]
-    assert words == ["opencode:pw", "", "me:pw", ""]
+    assert words == ["opencode:pw", "opencode:pw", "me:pw", ""]
     with silent_server() as port, pytest.raises(requests.ReadTimeout):
         Server(f"http://127.0.0.1:{port}").get("/x", timeout=0.1)
 
@@ -190,12 +190,13 @@ def test_a_container_is_published_on_loopback_and_removed(fake: Fake) -> None:
     assert "--publish 127.0.0.1:41234:4096" in ran
     # A process ID means this process only on this host, in this namespace.
     here = f"{socket.gethostname()} pid:[{Path('/proc/self/ns/pid').stat().st_ino}]"
-    assert f"--label {PREFIX}={here} image" in ran
+    assert f"--label {PREFIX}={here} --volume" in ran
     assert "--env OPENCODE_SERVER_PASSWORD " in ran  # by name: a value would show in ps
     assert ran.endswith(f"{SECRET}=pw")
     alone = next(line for line in rest if line.startswith("run"))
     assert "--network none" in alone
     assert "--publish" not in alone
+    assert ran.count("--volume /root/.local/share/opencode --volume /workspace image") == 1
     removed = [line for line in rest if line.startswith("rm --force --volumes --time 0 ")]
     assert [line.split()[5] for line in removed] == [other.name, started.name]
 

@@ -6,16 +6,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import certifi
 import pytest
 
-from pipeline import doctor, engine
+from pipeline import ca, doctor, engine
 from pipeline.engine import Engine
 from pipeline.errors import EngineBroken, LockBroken, NoEngine
 from pipeline.settings import Settings, load
 
 HERE = Engine("podman", "/usr/bin/podman", "4.3.1")
 PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
+PUBLIC = PEM.replace("MIIB", "MIIC")
 
 
 @pytest.fixture
@@ -99,11 +99,15 @@ def test_missing_programs_are_warnings_with_a_remedy() -> None:
     ("text", "state", "detail"),
     [
         (PEM, "ok", ": 1 certificates, 1 of them not public"),
-        (certifi.contents(), "ok", ", 0 of them not public"),
+        (PUBLIC, "ok", ", 0 of them not public"),
         ("", "FAIL", ", which holds no PEM certificate"),
     ],
 )
-def test_a_bundle_is_counted(tmp_path: Path, settings: Settings, text: str, state: str, detail: str) -> None:
+def test_a_bundle_is_counted(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, text: str, state: str, detail: str
+) -> None:
+    (tmp_path / "Public.crt").write_text(PUBLIC)
+    monkeypatch.setattr(ca, "PUBLIC", tmp_path)
     bundle = tmp_path / "ca.pem"
     bundle.write_text(text)
     (row,) = doctor.authorities(settings, {"SSL_CERT_FILE": str(bundle)})

@@ -114,9 +114,15 @@ def test_run_and_exec() -> None:
         "network": "none",
         "labels": {"k": "v"},
     }
-    podman_run = ["/p", "--runtime", "runc", "run", "--name", "n", "--ulimit", "nproc=9:9", "--detach"]
-    assert PODMAN.run("i", "-c", "true", **whole) == [*podman_run, *options, "i", "-c", "true"]  # type: ignore[arg-type]
-    assert DOCKER.run("i", name="n", keep=False) == ["/d", "run", "--name", "n", "--rm", "i"]
+    hardened = ["--read-only", "--tmpfs", "/tmp:exec", "--cap-drop", "all", "--security-opt", "no-new-privileges"]
+    user, bounds = ["--user", "1000:1000"], ["--memory", "4g", "--pids-limit", "1024"]
+    podman_run = ["/p", "--runtime", "runc", "run", "--name", "n", "--ulimit", "nproc=9:9", *hardened, *user, *bounds]
+    volumes = ["--volume", "/state", "--volume", "v:/work"]
+    run = PODMAN.run("i", "-c", "true", **whole, volumes=["/state", "v:/work"])  # type: ignore[arg-type]
+    assert run == [*podman_run, "--detach", *options, *volumes, "i", "-c", "true"]
+    assert DOCKER.run("i", name="n", keep=False) == ["/d", "run", "--name", "n", *hardened, *user, *bounds, "--rm", "i"]
+    rootless = replace(DOCKER, rootless=True, bounded=False)
+    assert rootless.run("i", name="n", keep=False) == ["/d", "run", "--name", "n", *hardened, "--rm", "i"]
     assert PODMAN.exec("n", "env", env=["A=1", "B"]) == [
         *("/p", "--runtime", "runc", "exec", "--env", "A=1", "--env", "B", "n", "env")
     ]
@@ -164,10 +170,11 @@ def test_adaptations_go_from_none_to_all_of_them(monkeypatch: pytest.MonkeyPatch
     runc = ("--runtime", "runc")
     plain = Engine("podman", "/p", "4")
     tries = [((), ()), ((), limits), (runc, ()), (runc, limits)]
-    assert [(each.flags, each.limits) for each in adaptations(plain)] == tries
+    found = [(each.flags, each.limits, each.bounded) for each in adaptations(plain)]
+    assert found == [(*each, bounded) for bounded in (True, False) for each in tries]
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert [(each.flags, each.limits) for each in adaptations(plain)] == tries[:2]
-    assert adaptations(DOCKER) == [DOCKER]
+    assert [(each.flags, each.limits) for each in adaptations(plain)] == tries[:2] * 2
+    assert adaptations(DOCKER) == [DOCKER, replace(DOCKER, bounded=False)]
 
 
 def test_podman_that_works_is_taken_before_docker(place: Place) -> None:

@@ -1,5 +1,6 @@
 """Each probe is seen to pass with a good answer and to fail with a bad one."""
 
+import base64
 import json
 import subprocess
 import sys
@@ -29,7 +30,9 @@ GOOD: dict[str, Any] = {
     "/experimental/tool/ids": ["bash", "env", "gemini_edit", "gemini_generate", "task_list_all"],
     "/command": [{"name": "init"}, {"name": "context/load"}],
     "/skill": [{"name": "task-management"}],
+    "/doc": {"paths": {"/config": {"get": {}, "patch": {}}, "/session/{sessionID}": {"post": {}}}},
 }
+SIGNED_IN = "Basic " + base64.b64encode(b"opencode:pw").decode()
 PACKAGE = {
     "agent/core/openagent.md": "---\nname: openagent\ndescription: x\n---\nText\n",
     "agents/coder.md": '---\ndescription: x\nname: "Coder"\n---\n',
@@ -60,7 +63,7 @@ def answers() -> dict[str, Any]:
 @pytest.fixture
 def server(answers: dict[str, Any]) -> Iterator[Server]:
     def respond(path: str, headers: Mapping[str, str]) -> Reply:
-        if not headers.get("Authorization") and not answers.get("open"):
+        if headers.get("Authorization") != SIGNED_IN and path not in answers.get("open", []):
             return 401, b""
         answer = answers.get(path, (404, b"{}"))
         return answer if isinstance(answer, tuple) else (200, json.dumps(answer).encode())
@@ -129,7 +132,7 @@ NATIVE = [{"name": "build", "native": True}]
         ("tools", "5 tools", "/experimental/tool/ids", ["env", "gemini_x", "task"], "no tool of task_list is listed"),
         ("commands", "with all 1", "/command", [{"name": "init"}], "commands are not listed: context/load"),
         ("skills", "1 skills", "/skill", [], "skills are not listed: task-management"),
-        ("closed", "401", "open", True, "/config answered 200 without the password"),
+        ("closed", "401 on each of 6 routes", "open", ["/session/x"], "3 routes: POST /session/.* answered 404"),
     ],
 )
 def test_a_question_to_the_server(
@@ -250,6 +253,39 @@ def test_secrets_are_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Wrong, match=r"^/root/\.npmrc; /app/\.env$"):
         ALL["secrets"].ask(subject)
     assert looked_for == [{"a": "named now", "b": "named when it was built"}] * 2
+
+
+GOOD_STATUS = (
+    "Root: ro\nCapEff:\t0000000000000000\nCapBnd:\t0000000000000000\nNoNewPrivs:\t1\nUid:\t1000\t1000\t1000\t1000\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("status", "bounds", "words"),
+    [
+        (GOOD_STATUS, {"Memory": 1, "PidsLimit": 1}, ""),
+        (GOOD_STATUS.replace("ro", "rw"), {"Memory": 1, "PidsLimit": 1}, "Root: rw"),
+        (GOOD_STATUS.replace("CapEff:\t0", "CapEff:\t2"), {"Memory": 1, "PidsLimit": 1}, "CapEff: 2"),
+        (GOOD_STATUS.replace("CapBnd:\t0", "CapBnd:\t2"), {"Memory": 1, "PidsLimit": 1}, "CapBnd: 2"),
+        (GOOD_STATUS.replace("Privs:\t1", "Privs:\t0"), {"Memory": 1, "PidsLimit": 1}, "NoNewPrivs: 0"),
+        (GOOD_STATUS.replace("1000", "0"), {"Memory": 1, "PidsLimit": 1}, "it is root"),
+        (GOOD_STATUS, {"Memory": 0, "PidsLimit": 1}, "no bounds"),
+        (GOOD_STATUS, {"Memory": 1, "PidsLimit": 0}, "no bounds"),
+        ("", {"Memory": 1, "PidsLimit": 1}, "CapEff"),
+    ],
+)
+def test_a_container_that_is_not_hardened(
+    monkeypatch: pytest.MonkeyPatch, status: str, bounds: dict[str, int], words: str
+) -> None:
+    monkeypatch.setattr(
+        process, "run", lambda argv, **_: process.Completed(tuple(argv), 0, json.dumps(bounds), "", 0.0)
+    )
+    subject = Subject(Settings(), Server(""), ENGINE, IMAGE, inside(lambda _: (0, status)))
+    if not words:
+        assert ALL["hardened"].ask(subject) == "read-only, no capabilities, not root, in bounds"
+        return
+    with pytest.raises(Wrong, match=f"not hardened: .*{words}"):
+        ALL["hardened"].ask(subject)
 
 
 @pytest.mark.parametrize("reply", [(0, json.dumps(NATIVE)), (22, "")])

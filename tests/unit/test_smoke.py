@@ -184,7 +184,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 
     def answer(word: str) -> None:
         passed = word == "passes"
-        monkeypatch.setattr(smoke, "ask_image", lambda *_: ([Answer("a", passed=passed, seconds=0, detail="")], 1.0))
+        monkeypatch.setattr(
+            smoke, "ask_image", lambda *_, **__: ([Answer("a", passed=passed, seconds=0, detail="")], 1.0)
+        )
 
     return answer
 
