@@ -21,8 +21,9 @@ from tests.integration.test_notify import receiver
 pytestmark = pytest.mark.engine
 
 NAME = "opencode-server-night"
+DOCKER = pytest.mark.parametrize("built", ["docker"], indirect=True)
 PODMAN = pytest.mark.parametrize("built", ["podman"], indirect=True)
-AGENT = ".opencode/agent/core/builder.md"
+AGENT, PLUGIN = ".opencode/agent/core/builder.md", ".opencode/plugin/broken.ts"
 
 
 @dataclass
@@ -77,6 +78,7 @@ def place(built: Built, tmp_path: Path) -> Iterator[Place]:
         built.engine.ask(built.engine.argv("rmi", built.engine.local(f"{NAME}:{tag}")))
 
 
+@DOCKER
 def test_nights_release_what_moved_and_find_nothing_else_to_do(place: Place) -> None:
     first = place.night()
     assert first.code == 0, first.stdout + first.stderr
@@ -112,14 +114,14 @@ def test_nights_release_what_moved_and_find_nothing_else_to_do(place: Place) -> 
 def test_an_upstream_that_breaks_the_image_is_never_released_and_the_next_night_heals(place: Place) -> None:
     assert place.night().code == 0
     before, containers = place.state(), place.built.containers()
-    good = (place.upstream / AGENT).read_text()
-    place.commit(AGENT, "---\nmode: [nonsense\n---\nThis is no agent.\n")
+    place.commit(PLUGIN, "process.exit(3)\n")
     done = place.night()
     done.failed("NightFailed", 60, "smoke: ", "latest, previous, locks/ and vendor/ are as they were")
     assert (place.state(), place.built.containers()) == (before, containers)
     assert place.records()[-1]["where"] == "smoke"
 
-    place.commit(AGENT, good + "\nMore.\n")
+    (place.upstream / PLUGIN).unlink()
+    commit(place.upstream)
     night = place.checkout.start("nightly", "--engine", "podman")
     night.until("smoke: ")
     night.end(signal.SIGKILL)
@@ -130,12 +132,12 @@ def test_an_upstream_that_breaks_the_image_is_never_released_and_the_next_night_
     assert place.built.containers() == containers
     assert list((place.checkout.root / "build").glob("night-*")) == []
 
-    for latest in (before["latest"], place.tags()["latest"]):
-        back = place.checkout.inv("rollback", "--engine", "podman")
-        assert back.code == 0, back.stdout + back.stderr
-        assert place.tags()["latest"] == latest
+    healed_latest = place.tags()["latest"]
+    back = place.checkout.inv("rollback", "--engine", "podman")
+    assert back.code == 0, back.stdout + back.stderr
+    assert (place.tags()["latest"], place.tags()["previous"]) == (before["latest"], healed_latest)
     place.checkout.inv("prune", "--keep", "1", "--engine", "podman")
-    assert {before["latest"], place.tags()["latest"]} <= set(place.tags().values()), "one is latest, one is previous"
+    assert {before["latest"], healed_latest} <= set(place.tags().values()), "one is latest, one is previous"
 
 
 def test_datadog_is_told_by_the_images_own_client(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -48,8 +49,9 @@ def served(home: Path, *, port: int = 0, password: str = "") -> Iterator[str]:
         f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {home}/data}}}}\n"
         f"http: {{addr: '{host}'}}\n{auth}"
     )
+    env = {key: value for key, value in os.environ.items() if not key.startswith("REGISTRY_")}  # it reads those
     with (home / "log").open("wb") as log:
-        child = subprocess.Popen([program, "serve", str(home / "config.yml")], stdout=log, stderr=log)
+        child = subprocess.Popen([program, "serve", str(home / "config.yml")], stdout=log, stderr=log, env=env)
     try:
         deadline = time.monotonic() + 60
         while True:
@@ -73,6 +75,7 @@ def engine(
     """An engine with one small image, called latest."""
     for name, value in {**podman_store, **dockerd.env}.items():
         monkeypatch.setenv(name, value)
+    (tmp_path / "auth.json").write_text("{}")
     monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))  # podman's and docker's own log-ins
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
     for module in (engines, release):
