@@ -65,7 +65,7 @@ def fetch(
         if not dry_run:
             authorities.stage(settings.ca)
         try:
-            found = engines.find(settings.engine)
+            found = engines.find(settings.engine, settings.platform)
         except (NoEngine, EngineBroken):
             say("base: waits for an engine; inv setup installs one")
         else:
@@ -79,7 +79,7 @@ def base(context: Context, engine: str = "", dry_run: bool = False) -> None:
     from pipeline import engine as engines
 
     with _settings(context, engine) as settings:
-        images.ensure(engines.find(settings.engine), settings, dry_run=dry_run)
+        images.ensure(engines.find(settings.engine, settings.platform), settings, dry_run=dry_run)
 
 
 @task(
@@ -95,7 +95,7 @@ def build(context: Context, engine: str = "", ca: str = "", no_cache: bool = Fal
     from pipeline import image
 
     with _settings(context, engine, ca) as settings:
-        image.build(settings, engines.find(settings.engine), cache=not no_cache, dry_run=dry_run)
+        image.build(settings, engines.find(settings.engine, settings.platform), cache=not no_cache, dry_run=dry_run)
 
 
 @task(
@@ -118,6 +118,34 @@ def smoke(
             smoking.smoke_url(settings, url)
         else:
             smoking.smoke(settings, engines.find(settings.engine), image, deep=deep, dry_run=dry_run)
+
+
+@task(help={"image": "another than the candidate", "sbom": "also SPDX, which takes 17 s", "engine": ENGINE["engine"]})
+def contents(context: Context, image: str = "", sbom: bool = True, engine: str = "") -> None:
+    """Say what is inside an image, and what is known against it: packages, SPDX, advisories."""
+    from pipeline import contents as inside
+    from pipeline import engine as engines
+
+    with _settings(context, engine) as settings:
+        inside.contents(settings, engines.find(settings.engine), image, sbom=sbom)
+
+
+@task(
+    help={
+        "before": "an image, or a tag of ours: latest",
+        "after": "another: candidate",
+        "files": "name every file that differs",
+        "same": "fail unless content and settings are the same",
+        "engine": ENGINE["engine"],
+    }
+)
+def diff(context: Context, before: str, after: str, files: bool = False, same: bool = False, engine: str = "") -> None:
+    """Say on one screen what changed between two images: versions, sizes, files, settings."""
+    from pipeline import diff as differences
+    from pipeline import engine as engines
+
+    with _settings(context, engine) as settings:
+        differences.diff(settings, engines.find(settings.engine), before, after, files=files, same=same)
 
 
 @task
@@ -149,7 +177,7 @@ def doctor(context: Context, engine: str = "") -> None:
         diagnosis.doctor(settings)
 
 
-@task(help={"only": "one of list, cold (sizes and rebuilds too) and start", **ENGINE})
+@task(help={"only": "one of list, cold (sizes and rebuilds too), start, backup and memory", **ENGINE})
 def bench(context: Context, only: str = "", engine: str = "", dry_run: bool = False) -> None:
     """Measure against the naive way, side by side, and write the ratios to build/bench.json."""
     from bench import measure
@@ -157,3 +185,12 @@ def bench(context: Context, only: str = "", engine: str = "", dry_run: bool = Fa
 
     with _settings(context, engine) as settings:
         measure.bench(settings, engines.find(settings.engine), only=only, dry_run=dry_run)
+
+
+@task(help={"count": "how many keys, rows and pairs of nodes"})
+def drill(context: Context, count: int = 10000) -> None:
+    """Back up servers of its own, lose them, restore, compare, and say how long each step took."""
+    from bench import backup
+
+    with _settings(context):
+        backup.drill(count)

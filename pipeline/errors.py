@@ -147,8 +147,26 @@ class LockBroken(PipelineError):
     exit_code = 35
 
 
+class ContentsUnreadable(PipelineError):
+    """An image cannot be looked into: it has no Python of Debian's, or cannot be started."""
+
+    exit_code = 36
+
+
+class SbomFailed(PipelineError):
+    """syft could not write the bill of materials."""
+
+    exit_code = 37
+
+
+class NotTheSame(PipelineError):
+    """Two images that should be the same differ."""
+
+    exit_code = 38
+
+
 class NoSuchImage(PipelineError):
-    """The image to smoke is not on this machine."""
+    """The image that was named is not on this machine."""
 
     exit_code = 40
 

@@ -48,6 +48,8 @@ FOR_TESTS: Mapping[Manager, Mapping[str, str]] = {
         "faketime": "faketime",
         "htpasswd": "apache2-utils",
         "systemd-analyze": "systemd",
+        "rclone": "rclone",
+        "redis-cli": "redis-tools",
     },
     "dnf": {
         "dockerd": "moby-engine docker-cli",
@@ -59,6 +61,8 @@ FOR_TESTS: Mapping[Manager, Mapping[str, str]] = {
         "faketime": "libfaketime",
         "htpasswd": "httpd-tools",
         "systemd-analyze": "systemd",
+        "rclone": "rclone",
+        "redis-cli": "redis",
     },
     "brew": {},
 }

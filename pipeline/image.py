@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline import base, ca, openagents, process
+from pipeline import base, ca, contents, openagents, process
 from pipeline.engine import Engine, look
 from pipeline.errors import (
     BuildFailed,
@@ -131,6 +131,7 @@ def build(settings: Settings, engine: Engine, *, cache: bool = True, dry_run: bo
         "inputs": inputs,
     }
     write_json(record_file, record)
+    contents.keep(engine, image, runtime, read_containerfile(ROOT).partition(f"\n{SPLIT}\n")[2])
     _summary(record, last)
     return record
 

@@ -16,27 +16,51 @@ from typing import Any
 
 from pipeline import ca
 from pipeline.engine import Engine
-from pipeline.errors import DiskFull, EngineBroken
 from pipeline.records import read_json, write_json
 from pipeline.settings import BUILD
 
-RULES = "1"
+RULES = "2"
 """Raised when what is looked for changes, so that layers are looked at again."""
 
 SECRET_NAMES = re.compile(
-    r"(?:^|/)(?:\.env|\.env\.(?!example|sample|template)[^/]+|\.npmrc|\.netrc|\.pypirc|\.git-credentials|\.git"
-    r"|id_(?:rsa|dsa|ecdsa|ed25519)|\.docker/config\.json|root/\.npm/_logs|root/\.aws)$"
+    r"(?:^|/)(?:\.env|\.env\.(?!example|sample|template)[^/]+|\.envrc|\.npmrc|\.netrc|\.pypirc|\.git-credentials|\.git"
+    r"|id_(?:rsa|dsa|ecdsa|ed25519)|[^/]+\.(?:p12|pfx|jks|kdbx)|\.(?:bash|python|node_repl)_history|\.docker/config\.json"
+    r"|\.kube/config|\.aws/credentials|rclone\.conf|gh/hosts\.yml|share/opencode/auth\.json|npm-debug\.log|pip\.log"
+    r"|root/(?:\.npm/_logs|\.npm/_cacache|\.cache/(?:pip|uv)|\.aws))$"
 )
-SECRET_TEXT = {
-    b"PRIVATE KEY-----": re.compile(rb"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----\s+[A-Za-z0-9+/=]{40}"),
-    b"AKIA": re.compile(rb"\bAKIA(?![A-Z0-9]*EXAMPLE)[A-Z0-9]{16}\b"),
-    **{b"gh%c_" % kind: re.compile(rb"\bgh%c_[A-Za-z0-9]{36}\b" % kind) for kind in b"pousr"},
-    b"github_pat_": re.compile(rb"\bgithub_pat_[A-Za-z0-9_]{60,}"),
-    b"npm_": re.compile(rb"\bnpm_[A-Za-z0-9]{36}\b"),
-    b"sk-proj-": re.compile(rb"\bsk-proj-[A-Za-z0-9_-]{32,}"),
-    b"sk-ant-": re.compile(rb"\bsk-ant-[A-Za-z0-9_-]{32,}"),
+_SHAPES: dict[bytes, bytes] = {
+    b"PRIVATE KEY-----": rb"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----(?:\s|\\n)+[A-Za-z0-9+/=]{40}",
+    **{kind: rb"\b%s(?![A-Z0-9]*EXAMPLE)[A-Z0-9]{16}\b" % kind for kind in (b"AKIA", b"ASIA")},  # AWS
+    **{b"gh%c_" % kind: rb"\bgh%c_[A-Za-z0-9]{36}\b" % kind for kind in b"pousr"},
+    b"github_pat_": rb"\bgithub_pat_[A-Za-z0-9_]{60,}",
+    b"glpat-": rb"\bglpat-[A-Za-z0-9_-]{20}",
+    b"npm_": rb"\bnpm_[A-Za-z0-9]{36}\b",
+    **{b"sk-%s-" % kind: rb"\bsk-%s-[A-Za-z0-9_-]{32,}" % kind for kind in (b"proj", b"svcacct", b"ant", b"or")},
+    b"T3BlbkFJ": rb"\bsk-[A-Za-z0-9_-]{20,}T3BlbkFJ[A-Za-z0-9_-]{20}",  # the word OpenAI in base64, in its older keys
+    b"AIza": rb"\bAIza[A-Za-z0-9_-]{35}(?![\w-])",  # Google
+    b"K00": rb"(?<![\w+/=])K00\d[A-Za-z0-9+/]{27}(?![\w+/=])",  # Backblaze B2
+    b".eyJ": rb"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{20,}",  # a JWT
+    **{
+        name: rb"\b%s[\"']?[ \t]*[=:][ \t]*[\"']?[0-9A-Za-z/+]{32,}" % name
+        for name in (b"DD_API_KEY", b"DD_APP_KEY", b"AWS_SECRET_ACCESS_KEY", b"aws_secret_access_key")
+    },
 }
+SECRET_TEXT = {part: re.compile(shape) for part, shape in _SHAPES.items()}
 """What a secret looks like, by a part that is quick to search for: a layer holds hundreds of megabytes of text."""
+
+ASSIGNED = re.compile(
+    rb"(?i)(?<![\w.-])([\w.-]{0,60}(?:_key|api-?key|token|secret|passw(?:or)?d|credentials?))[\"']?"
+    rb"[ \t]*[=:][ \t]*[\"']?([^\s\"'`$<>{}()\[\],;]{1,300})"
+)
+"""A name that says that its value is a secret, and the value, unless it is a reference to another place."""
+
+RANDOM = re.compile(rb"(?=(?:.*\d){3})(?=.*[A-Za-z])[\w+/=~-]{16,}")
+"""A value that nobody would write by hand. In code and prose ``token = `` has other ends as well."""
+
+ANYTHING = re.compile(rb".+")
+
+EDITED = ("opt/openagents/", "app/", "root/", "workspace/", "etc/environment")
+"""Where people's own files are: there a name is enough to make a random value suspicious."""
 
 TEXT_LIMIT = 1_000_000
 """Bytes; a larger file is not read. Keys and certificates are written by people and tools into small ones."""
@@ -66,7 +90,8 @@ def look(entries: Iterator[Entry]) -> Findings:
         content = read()
         if b"\0" in content[:1024]:
             continue
-        findings.secrets += [f"{path} (holds {start}…)" for start in secrets_in(content)]
+        found = secrets_in(content) + (assigned_in(content, RANDOM) if path.startswith(EDITED) else [])
+        findings.secrets += [f"{path} (holds {start}…)" for start in found]
         if b"-----BEGIN CERTIFICATE" in content:
             findings.certificates[path] = [_short(body) for body in ca.certificates(content.decode(errors="replace"))]
     return findings
@@ -76,6 +101,12 @@ def secrets_in(content: bytes) -> list[str]:
     """Return the first characters of each kind of secret in ``content``: enough to find it, not enough to use it."""
     found = [pattern.search(content) for part, pattern in SECRET_TEXT.items() if part in content]
     return [match[0][:12].decode(errors="replace") for match in found if match]
+
+
+def assigned_in(content: bytes, value: re.Pattern[bytes]) -> list[str]:
+    """Return the names that say that theirs is a secret, and have such a ``value`` in ``content``."""
+    found = [match for match in ASSIGNED.finditer(content) if value.fullmatch(match[2]) and not secrets_in(match[2])]
+    return [f"{match[1].decode(errors='replace')}=" for match in found]
 
 
 def check(engine: Engine, image: dict[str, Any], extra: dict[str, str]) -> tuple[list[str], int]:
@@ -108,12 +139,17 @@ def check(engine: Engine, image: dict[str, Any], extra: dict[str, str]) -> tuple
         for path, certificates in layer.certificates.items()
         if ours & set(certificates)
     ]
-    history = engine.ask(
-        engine.argv("history", "--no-trunc", "--format", "{{.CreatedBy}}", image["Id"])
-    ).stdout.encode()
-    faults += [f"the history holds {start}…" for start in secrets_in(history)]
-    if b"-----BEGIN CERTIFICATE" in history:
-        faults.append("the history holds a certificate")
+    history = engine.argv("history", "--no-trunc", "--format", "{{.CreatedBy}}", image["Id"])
+    config = image.get("Config") or {}
+    labels = [f"{name}={value}" for name, value in (config.get("Labels") or {}).items()]
+    settings = [*(config.get("Env") or []), *labels, *map(str, (config.get("Entrypoint"), config.get("Cmd")))]
+    # What was built with --build-arg is in the history, and an ENV of an earlier stage is in the settings only.
+    for where, text in (("history", engine.ask(history).stdout), ("configuration", "\n".join(settings))):
+        content = text.encode()
+        found = dict.fromkeys(secrets_in(content) + assigned_in(content, ANYTHING))
+        faults += [f"the {where} holds {start}…" for start in found]
+        if b"-----BEGIN CERTIFICATE" in content:
+            faults.append(f"the {where} holds a certificate")
     return faults, len(digests)
 
 
@@ -129,10 +165,7 @@ def _look_at(engine: Engine, image: dict[str, Any], wanted: set[str]) -> Iterato
     # It is 0.8 GB, and /tmp may be in memory.
     with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:
         archive = Path(scratch) / "image.tar"
-        done = engine.ask(engine.argv("save", "--output", str(archive), image["Id"]))
-        if not done.ok:
-            failure = DiskFull if "no space left" in done.said.lower() else EngineBroken
-            raise failure(f"{engine.name} cannot write the image out to look into it", "See what it said.", done.said)
+        engine.save(image["Id"], archive)
         with tarfile.open(archive) as outer:
             manifest = outer.extractfile("manifest.json")
             assert manifest is not None  # noqa: S101 -- `save` always writes one

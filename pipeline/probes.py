@@ -136,7 +136,7 @@ def config(subject: Subject) -> str:
 def health(subject: Subject) -> str:
     """/global/health says healthy, and the version that locks/ pins."""
     said = subject.json("/global/health")
-    pinned = pinned_version()
+    pinned = pinned_version(subject.image["Architecture"] if subject.image else "")
     if said.get("healthy") is not True or said.get("version") != pinned:
         raise Wrong(f"/global/health says {said}, and locks/npm pins {pinned}")
     return f"healthy, opencode {pinned}"
@@ -368,9 +368,9 @@ OFFLINE_PROBES = (Probe("offline", "offline", offline), Probe("stops", "offline"
 """Asked of a second container, one after the other."""
 
 
-def pinned_version() -> str:
-    """Return the version of OpenCode that ``locks/npm`` pins for this machine."""
-    lock = json.loads((ROOT / "locks" / "npm" / architecture() / "package.json").read_text())
+def pinned_version(machine: str = "") -> str:
+    """Return the version of OpenCode that ``locks/npm`` pins for an architecture, or for this machine's."""
+    lock = json.loads((ROOT / "locks" / "npm" / architecture(machine) / "package.json").read_text())
     return str(lock["dependencies"]["opencode-ai"])
 
 

@@ -55,6 +55,13 @@ class Smoke(_Section):
     port: int = Field(0, ge=0, le=65535)
 
 
+class Advisories(_Section):
+    """Who is asked for known vulnerabilities, and how long an answer may take, in seconds."""
+
+    url: str = "https://api.osv.dev"
+    seconds: float = Field(10, gt=0, le=600)
+
+
 class Nightly(_Section):
     """What a night bumps, how old the image may grow (days), and how many builds are kept."""
 
@@ -78,10 +85,12 @@ class Settings(_Section):
     engine: Literal["auto", "podman", "docker"] = "auto"
     image: str = Field("opencode-server", pattern=r"^[a-z0-9]+([._/-][a-z0-9]+)*$")
     ca: str = ""
+    platform: Literal["", "linux/amd64", "linux/arm64"] = ""
     base: Base = Base()
     openagents: OpenAgents = OpenAgents()
     network: Network = Network()
     smoke: Smoke = Smoke()
+    advisories: Advisories = Advisories()
     nightly: Nightly = Nightly()
     notify: Notify = Notify()
 

@@ -25,7 +25,8 @@ from pipeline.engine import Engine
 from pipeline.settings import ROOT
 
 IMAGE = "opencode-server-test"
-BRIDGE, SUBNET = "opencode-test0", "172.31.213.1/24"
+BRIDGE, SUBNET = f"oc-test{os.getpid()}", f"172.31.{os.getpid() % 250}.1/24"
+"""Of this run alone: another may go on beside it. A name holds 15 characters."""
 
 
 class Dockerd:

@@ -22,14 +22,23 @@ def unmoved(built: Built) -> Iterator[None]:
     assert built.containers() == containers
 
 
-def derive(built: Built, name: str, *instructions: str, oci: bool = False, files: dict[str, str] | None = None) -> str:
+def derive(
+    built: Built,
+    name: str,
+    *instructions: str,
+    oci: bool = False,
+    files: dict[str, str] | None = None,
+    build_args: dict[str, str] | None = None,
+) -> str:
     """Build an image on top of the candidate, in a second or so, and return its reference."""
     with tempfile.TemporaryDirectory() as scratch:
         context = Path(scratch)
         (context / "Containerfile").write_text("\n".join([f"FROM {built.reference}", *instructions, ""]))
         for path, content in (files or {}).items():
             (context / path).write_text(content)
-        argv = built.engine.build(context, tag=f"{IMAGE}-{name}", containerfile=context / "Containerfile")
+        argv = built.engine.build(
+            context, tag=f"{IMAGE}-{name}", containerfile=context / "Containerfile", build_args=build_args
+        )
         if oci and built.engine.podman:
             argv[argv.index("--format") + 1] = "oci"
         done = built.engine.ask(argv)

@@ -23,13 +23,22 @@ import { createOpencodeClient } from "/usr/local/lib/opencode-plugin/node_module
 const credentials = Buffer.from("opencode:" + process.env.OPENCODE_SERVER_PASSWORD).toString("base64")
 const headers = { Authorization: "Basic " + credentials }
 const client = createOpencodeClient({ baseUrl: "http://localhost:4096", headers, throwOnError: true })
-const events = await client.event.subscribe()
+const seen = new Set()
+let connected
+const open = new Promise((resolve) => { connected = resolve })
+const idle = (async () => {
+  for await (const event of (await client.event.subscribe()).stream) {
+    seen.add(event.type)
+    connected()
+    if (event.type === "session.idle") return
+  }
+})()
+await open
 const session = (await client.session.create({ body: { title: "with the SDK" } })).data
 const text = 'PLAN [["bash", {"command": "echo from the SDK", "description": "says it"}]] END'
 const body = { model: { providerID: "peer", modelID: "told" }, parts: [{ type: "text", text }] }
 const answer = (await client.session.prompt({ path: { id: session.id }, body })).data
-const seen = new Set()
-for await (const event of events.stream) { seen.add(event.type); if (event.type === "session.idle") break }
+await idle
 const found = (await client.session.list()).data.map((each) => each.title)
 console.log(JSON.stringify({ said: answer.parts.map((part) => part.text ?? "").join(""), seen: [...seen], found }))
 process.exit(0)

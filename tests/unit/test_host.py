@@ -247,10 +247,10 @@ def test_what_the_tests_need_is_what_is_missing(machine: Machine) -> None:
     machine.program("dockerd")
     machine.program("openssl")
     assert host.lacking("apt-get", engine=True, tests=False) == []
-    lacking = ["docker-registry", "iptables", "iproute2", "cron", "faketime", "apache2-utils", "systemd"]
-    assert host.lacking("apt-get", engine=True, tests=True) == lacking
-    lacking = ["docker-distribution", "iptables-nft", "iproute", "cronie", "libfaketime", "httpd-tools", "systemd"]
-    assert host.lacking("dnf", engine=True, tests=True) == lacking
+    tools = ["docker-registry", "iptables", "iproute2", "cron", "faketime", "apache2-utils", "systemd"]
+    assert host.lacking("apt-get", engine=True, tests=True) == [*tools, "rclone", "redis-tools"]
+    tools = ["docker-distribution", "iptables-nft", "iproute", "cronie", "libfaketime", "httpd-tools", "systemd"]
+    assert host.lacking("dnf", engine=True, tests=True) == [*tools, "rclone", "redis"]
 
 
 def test_git_alone_may_be_missing(machine: Machine) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import base, ca, image, openagents, process, records
+from pipeline import base, ca, contents, image, openagents, process, records
 from pipeline.engine import Engine
 from pipeline.errors import (
     BuildFailed,
@@ -370,8 +370,11 @@ class Builder:
             elif self.keeps:
                 self.here.add(argv[argv.index("--tag") + 1])
         elif argv[1:3] == ["image", "inspect"]:
-            answer = json.dumps([{"Id": "sha256:" + "e" * 64, "Size": 750_000_000}])
+            told = {"Id": "sha256:" + "e" * 64, "Size": 750_000_000, "Config": {}, "RootFS": {"Layers": ["a"]}}
+            answer = json.dumps([told])
             code, out = (0, answer) if argv[3] in self.here else (1, "")
+        elif argv[1] == "run":
+            out = '{"system": "", "debian": "", "node": "", "packages": {"npm": {"zod": ["4", 5]}}}'
         return process.Completed(tuple(argv), code, out, "", 0.0)
 
 
@@ -380,6 +383,7 @@ def ready(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Builder]
     """A repository in which everything is fetched; OpenAgents is what the record says."""
     monkeypatch.setattr(image, "ROOT", tree)
     monkeypatch.setattr(image, "BUILD", tree / "build")
+    monkeypatch.setattr(contents, "BUILD", tree / "build")
     monkeypatch.setattr(openagents, "read", lambda _: FETCHED)
     monkeypatch.setattr(base, "ensure", lambda *_, **__: PULLED)
     monkeypatch.setattr(ca, "stage", lambda _: 0)
@@ -416,6 +420,8 @@ def test_the_runtime_is_built_once_and_the_rest_on_top_of_it(
     assert lines[1][-1].startswith('LABEL org.opencontainers.image.title="opencode-server" ')
     assert server[server.index("--tag") + 1] == "opencode-server:candidate"
     assert record == json.loads((tree / "build" / "build-docker.json").read_text())
+    manifest = json.loads((tree / "build" / "contents-docker.json").read_text())
+    assert (manifest["id"], manifest["packages"]) == ("e" * 64, {"npm": {"zod": ["4", 5]}})
     assert (record["id"], record["size"], record["changes"]) == ("e" * 64, 750_000_000, ["the first build here"])
 
     (tree / "config.json").write_text("{}")

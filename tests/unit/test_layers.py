@@ -38,6 +38,14 @@ TOKENS = {
     "npm": "npm" + "_" + "a1B2" * 9,
     "openai": "sk-" + "proj-" + "a1B2" * 12,
     "anthropic": "sk-" + "ant-" + "a1B2" * 12,
+    "openai of old": "sk-" + "a1B2" * 5 + "T3Blbk" + "FJ" + "a1B2" * 5,
+    "aws for an hour": "ASIA" + "IOSFODNN7" + "ABCDEFG",
+    "gitlab": "glpat" + "-" + "a1B2" * 5,
+    "google": "AIza" + "a1B2-" * 7,
+    "b2": "K00" + "5" + "aB1/" * 6 + "cD3",
+    "jwt": ".".join(("ey" + "JhbGciOiJIUzI1NiJ9", "ey" + "JzdWIiOiIxMjM0NTY3ODkwIn0", "x1Y2" * 8)),
+    "datadog": "DD_API" + "_KEY: " + "0f1e2d3c" * 4,
+    "aws's other half": "aws_secret" + "_access_key=" + "a1B2" * 10,
 }
 CANARIES = {
     "root/.ssh/id_ed25519": "-",
@@ -48,6 +56,15 @@ CANARIES = {
     "root/.git-credentials": "https://x:y@z",
     "root/.docker/config.json": "{}",
     "opt/openagents/.git/HEAD": "ref: refs/heads/main",
+    "root/.config/rclone/rclone.conf": "[b2]",
+    "root/.local/share/opencode/auth.json": "{}",
+    "root/.bash_history": "ls",
+    "app/.envrc": "A=1",
+    "app/client.p12": "x",
+    "root/.npm/_logs/2026-debug-0.log": "x",
+    "root/.cache/pip/http/a": "x",
+    "app/upload": 'API_KEY="a1b2c3d4e5f6a7b8" rclone',
+    "opt/openagents/config.json": '{"apiKey": "0123456789abcdef", "token": "{env:TOKEN}"}',
     "etc/server.key": key("RSA "),
     "etc/other.key": key(),
     **{f"srv/{name}.txt": f"token = '{token}'\n" for name, token in TOKENS.items()},
@@ -62,6 +79,9 @@ HARMLESS = {
     "opt/venv/lib/python3.11/site-packages/certifi/cacert.pem": PUBLIC + certificate("another public one"),
     "usr/lib/binary": "\0" + key(),
     "opt/gitignore": ".git",
+    "app/code": "token = base64.b64encode(x); api_key = os.environ['API_KEY']; password: your-password-here",
+    "opt/venv/settings.py": 'API_KEY = "a1b2c3d4e5f6a7b8"',
+    "opt/hashes": "K005" + "aB1/" * 10 + " sk-learn-something-that-is-long-enough-to-look-like-a-key DD_API_KEY=",
 }
 
 
@@ -102,6 +122,15 @@ def test_every_canary_is_found(tmp_path: Path, entries: Callable[[Path], Iterato
             "root/.git-credentials",
             "root/.docker/config.json",
             "opt/openagents/.git",
+            "root/.config/rclone/rclone.conf",
+            "root/.local/share/opencode/auth.json",
+            "root/.bash_history",
+            "app/.envrc",
+            "app/client.p12",
+            "root/.npm/_logs",
+            "root/.cache/pip",
+            "app/upload (holds API_KEY=…)",
+            "opt/openagents/config.json (holds apiKey=…)",
             "etc/server.key (holds -----BEGIN R…)",
             "etc/other.key (holds -----BEGIN P…)",
             *(f"srv/{name}.txt (holds {token[:12]}…)" for name, token in TOKENS.items()),
@@ -150,12 +179,13 @@ class Archive(Engine):
         return process.Completed(tuple(argv), 0, self.history if argv[1] == "history" else "", "", 0.0)
 
 
-def image(*directories: Path, digests: int) -> dict[str, Any]:
+def image(*directories: Path, digests: int, **config: Any) -> dict[str, Any]:
     """An inspection; overlay lists the directories below the top one from the highest down."""
     upper, *lower = [str(directory) for directory in reversed(directories)] or [""]
     data = {"UpperDir": upper, "LowerDir": ":".join(lower)} if directories else {}
     return {
         "Id": "sha256:i",
+        "Config": config,
         "RootFS": {"Layers": [f"sha256:{n}" for n in range(digests)]},
         "GraphDriver": {"Name": "overlay", "Data": data},
     }
@@ -238,3 +268,32 @@ def test_an_image_that_cannot_be_written_out_says_why(build: Path, said: str, fa
 def test_the_history_is_looked_at_too(tmp_path: Path, history: str, fault: str) -> None:
     engine = Archive("podman", "/p", "4", history=history)
     assert layers.check(engine, image(plant(tmp_path / "l", HARMLESS), digests=1), {}) == ([fault], 1)
+
+
+@pytest.mark.parametrize(
+    ("history", "names"),
+    [
+        ("|1 NPM_TOKEN=hunter22 /bin/sh -c npm ci", ["NPM_TOKEN="]),
+        ('RUN |2 A=1 b2_application_key="x" /bin/sh -c make # buildkit', ["b2_application_key="]),
+        ("ENV DB_PASSWORD=letmein A=1", ["DB_PASSWORD="]),
+        ('HEALTHCHECK [ -z "$OPENCODE_SERVER_PASSWORD" ] || curl -u x:$TOKEN --max-tokens=5 KEYS=1', []),
+        ("RUN export GITHUB_TOKEN=$(cat /t) API_KEY=${KEY} TOKEN= ; login --password-stdin", []),
+    ],
+)
+def test_a_name_that_says_so_is_enough_in_the_history(tmp_path: Path, history: str, names: list[str]) -> None:
+    engine = Archive("podman", "/p", "4", history=history)
+    faults, _ = layers.check(engine, image(plant(tmp_path / "l", HARMLESS), digests=1), {})
+    assert faults == [f"the history holds {name}…" for name in names]
+
+
+def test_variables_labels_and_commands_are_looked_at_too(tmp_path: Path) -> None:
+    config = {
+        "Env": ["PATH=/bin", "VALKEY_PASSWORD=x", "DD_API_KEY="],
+        "Labels": {"deploy.token": "letmein", "org.opencontainers.image.title": "x"},
+        "Entrypoint": ["tini", "--api-key=a"],
+        "Cmd": [TOKENS["openai"]],
+    }
+    subject = image(plant(tmp_path / "l", HARMLESS), digests=1, **config)
+    faults, _ = layers.check(Archive("podman", "/p", "4"), subject, {})
+    names = ("sk-proj-a1B2", "VALKEY_PASSWORD=", "deploy.token=", "--api-key=")
+    assert faults == [f"the configuration holds {name}…" for name in names]

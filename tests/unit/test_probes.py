@@ -108,9 +108,9 @@ NATIVE = [{"name": "build", "native": True}]
 @pytest.mark.parametrize(
     ("name", "good", "path", "bad", "words"),
     [
-        ("config", "carries 3 keys", "/config", {"autoupdate": True}, r"does not carry \$schema, autoupdate, share"),
-        ("config", "carries 3 keys", "/config", (500, b"boom"), "/config answered 500: boom"),
-        ("config", "carries 3 keys", "/config", (200, b"<html>"), "not JSON: '<html>'"),
+        ("config", "carries 4 keys", "/config", {"autoupdate": True}, r"does not carry \$schema, autoupdate, share"),
+        ("config", "carries 4 keys", "/config", (500, b"boom"), "/config answered 500: boom"),
+        ("config", "carries 4 keys", "/config", (200, b"<html>"), "not JSON: '<html>'"),
         ("health", f"opencode {pinned_version()}", "/global/health", {"healthy": False}, "says {'healthy': False}"),
         ("health", "healthy", "/global/health", {"healthy": True, "version": "0.0.1"}, "locks/npm pins"),
         ("agents", "2 agents, with all 2", "/agent", NATIVE, "2 of 2 agents are not listed: Coder, openagent"),

@@ -1,0 +1,216 @@
+"""The memory as OpenCode meets it: an MCP server on standard input and output, with a worker beside."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fake_openai import FakeOpenAI
+from tests.memories import Rig, Session, kept, until
+from tests.servers import free_port, http_server, silent_server
+
+pytestmark = pytest.mark.server
+TOOLS = {"add", "search_facts", "search_entities", "recent_memories", "forget"}
+
+
+@contextmanager
+def collector(status: int = 202) -> Iterator[tuple[int, list[tuple[str, dict[str, str], bytes]]]]:
+    """Take whatever is sent, as Datadog's intake and Agent do; yield the port, and what was sent."""
+    taken: list[tuple[str, dict[str, str], bytes]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            taken.append((self.path, dict(self.headers), body))
+            self.send_response(status if self.path.startswith("/api") else 200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(b'{"rate_by_service": {}, "errors": []}')
+
+        do_PUT = do_GET = do_POST  # noqa: N815 -- the base class' names
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing on the test's stderr."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield server.server_port, taken
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_session_adds_and_a_later_one_finds(rig: Rig) -> None:
+    first = Session(rig)
+    assert "outlives the session" in first.greeting["instructions"]
+    tools = {tool["name"]: tool for tool in first.ask("tools/list")["tools"]}
+    assert set(tools) == TOOLS
+    assert [name for name, tool in tools.items() if "Use it when" not in tool["description"]] == ["search_facts"]
+    assert "Use it at the start of a task" in tools["search_facts"]["description"]
+    added = first.works("add", text="Alice works at Acme in Paris.", about="the user said")
+    assert added["state"] == "queued"
+    until(lambda: rig.waiting() == 0, "the worker beside digests it")
+    first.close()
+
+    second = Session(rig)
+    (fact,) = second.works("search_facts", query="where does Alice work")["facts"]
+    assert fact["fact"] == "Alice works at Acme in Paris."
+    assert second.works("search_entities", query="Acme", limit=1)["entities"][0]["name"] in ("Acme", "Alice", "Paris")
+    assert second.works("recent_memories")["memories"][0]["id"] == added["id"]
+    assert second.works("forget", id=added["id"])["forgot"] == "memory"
+    assert second.works("search_facts", query="where does Alice work")["facts"] == []
+    for arguments in ({"id": added["id"]}, {"id": "Alice"}):
+        done, text = second.call("forget", **arguments)
+        assert (done, arguments["id"] in text) == (False, True)
+    done, text = second.call("add", text=" ")
+    assert (done, "empty" in text) == (False, True)
+    assert second.close()[0] == 0
+
+
+def test_a_memory_that_was_deleted_from_outside_begins_anew(rig: Rig) -> None:
+    session = Session(rig)
+    for text in ("Pia met Quo.", "Ria met Sam."):
+        session.works("add", text=text)
+        until(lambda: rig.waiting() == 0, "it is digested")
+        assert session.works("search_facts", query=text)["facts"][0]["fact"] == text
+        rig.json("forget", "--everything")
+        assert session.works("search_facts", query=text)["facts"] == []
+    session.close()
+    query = "CALL db.indexes() YIELD label RETURN count(label)"
+    indices = rig.redis("FALKORDB", "GRAPH.RO_QUERY", rig.env["MEMORY_PROJECT"], query)
+    assert indices[1][0][0] > 3, "they are made anew, too"
+    assert rig.json("dead")["dead"] == []
+
+
+def test_with_nothing_there_every_tool_says_what_is_missing(python: str, tmp_path: Path) -> None:
+    alone = Rig.of(python, tmp_path, None, graph=free_port(), queue=free_port(), project="alone")
+    session = Session(alone)
+    for tool, arguments in {
+        "add": {"text": "x"}, "search_facts": {"query": "x"}, "search_entities": {"query": "x"}, "recent_memories": {},
+        "forget": {"id": "00000000-0000-0000-0000-000000000000"},
+    }.items():  # fmt: skip
+        done, text = session.call(tool, **arguments)
+        assert not done
+        assert "FALKORDB_HOST" in text or "OPENAI_API_KEY" in text, text
+        assert "Traceback" not in text
+    assert session.close()[0] == 0
+
+
+def test_databases_that_come_later_are_found(rig: Rig, fake: FakeOpenAI, tmp_path: Path) -> None:
+    graph, queue = free_port(), free_port()
+    late = Rig.of(rig.python, tmp_path, fake, graph=graph, queue=queue, project="late")
+    session = Session(late)
+    assert not session.call("add", text="Too early.")[0]
+    with kept(tmp_path / "graph", graph=True, port=graph), kept(tmp_path / "queue", port=queue):
+        assert session.works("add", text="Bob met Carol.")["state"] == "queued"
+        until(lambda: late.waiting() == 0, "the worker finds them too")
+        assert session.works("search_facts", query="bob")["facts"]
+        session.close()
+
+
+def test_a_server_is_ended_by_a_signal_and_gives_its_lease_back(rig: Rig, fake: FakeOpenAI) -> None:
+    fake.fail(200, after=60, times=0)
+    session = Session(rig, MEMORY_LEASE="60")
+    session.works("add", text="Dan met Eve.")
+    until(lambda: rig.redis("VALKEY", "GET", rig.key("lease")), "the worker took it")
+    session.child.send_signal(signal.SIGTERM)
+    assert session.child.wait(20) == 0
+    assert rig.redis("VALKEY", "GET", rig.key("lease")) is None
+    assert rig.waiting() == 1
+
+
+def test_without_workers_or_a_model_nothing_is_digested(rig: Rig) -> None:
+    for env in ({"MEMORY_WORKERS": "0"}, {"OPENAI_API_KEY": "", "OPENAI_BASE_URL": ""}):
+        session = Session(rig, **env)
+        said = session.works("add", text="Fay met Gil.")
+        assert (said["state"], "OPENAI_API_KEY" in said.get("note", "")) == ("queued", "OPENAI_API_KEY" in env)
+        session.close()
+    assert rig.waiting() == 2
+    assert rig.redis("VALKEY", "GET", rig.key("lease")) is None
+
+
+def test_the_queue_is_reported_to_datadog(rig: Rig) -> None:
+    rig.redis("VALKEY", "DEL", "memory:reported")
+    rig.json("add", "Hal met Ivy.")
+    with collector() as (port, taken):
+        session = Session(rig, MEMORY_WORKERS="0", DD_API_KEY="k" * 32, DD_URL=f"http://127.0.0.1:{port}")
+        until(lambda: taken, "the metrics arrive")
+        session.close()
+    path, headers, body = taken[0]
+    assert path == "/api/v2/series"
+    assert headers["DD-API-KEY"] == "k" * 32
+    import zlib
+
+    series: list[dict[str, Any]] = json.loads(zlib.decompress(body) if headers.get("Content-Encoding") else body)[
+        "series"
+    ]
+    ours = {each["metric"]: each for each in series if f"project:{rig.env['MEMORY_PROJECT']}" in each["tags"]}
+    assert {name: each["points"][0]["value"] for name, each in ours.items() if "age" not in name} == {
+        "opencode.memory.queue.depth": 1.0,
+        "opencode.memory.queue.dead": 0.0,
+    }
+    assert 0 < ours["opencode.memory.queue.age"]["points"][0]["value"] < 600
+
+
+def test_metrics_that_nobody_takes_stop_nothing(rig: Rig) -> None:
+    rig.redis("VALKEY", "DEL", "memory:reported")
+    rig.json("add", "Jon met Kay.")
+    with collector(status=403) as (port, taken):
+        session = Session(rig, DD_API_KEY="k" * 32, DD_URL=f"http://127.0.0.1:{port}")
+        until(lambda: taken and rig.waiting() == 0, "the queue is emptied all the same")
+        assert "Datadog does not take the queue's metrics" in session.close()[1]
+
+
+def test_where_an_agent_answers_the_work_is_traced(rig: Rig) -> None:
+    rig.json("add", "Lea met Max.")
+    with collector() as (port, taken):
+        done = rig.run(
+            "work", "--once", DD_TRACE_AGENT_URL=f"http://127.0.0.1:{port}", PYTHONPATH="/x/ddtrace/bootstrap"
+        )
+    assert done.code == 0
+    spans = b"".join(body for path, _, body in taken if path.endswith("/traces"))
+    assert b"memory.digest" in spans
+    assert b"opencode-memory" in spans
+    assert b"openai" in spans
+
+
+def test_an_agent_is_asked_before_anything_is_traced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    observe: Any = importlib.import_module("remember.observe")
+    for name in ("DD_TRACE_AGENT_URL", "DD_AGENT_HOST", "DD_TRACE_ENABLED"):
+        monkeypatch.delenv(name, raising=False)
+    assert not observe.agent_answers()
+    with collector() as (port, _), silent_server() as silent:
+        for url, answers in {
+            f"http://127.0.0.1:{port}": True, f"http://127.0.0.1:{silent}": False,
+            f"http://127.0.0.1:{free_port()}": False, f"unix://{tmp_path}/nobody": False, "http://[": False,
+        }.items():  # fmt: skip
+            monkeypatch.setenv("DD_TRACE_AGENT_URL", url)
+            assert observe.agent_answers() == answers, url
+        monkeypatch.setenv("DD_TRACE_AGENT_URL", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("DD_TRACE_ENABLED", "false")
+        assert not observe.agent_answers()
+    with http_server(lambda _path, _headers: (200, b"{}"), unix=str(tmp_path / "agent")):
+        monkeypatch.setenv("DD_TRACE_ENABLED", "true")
+        monkeypatch.setenv("DD_TRACE_AGENT_URL", f"unix://{tmp_path}/agent")
+        assert observe.agent_answers()
+
+
+def test_without_an_agent_nothing_is_traced(rig: Rig) -> None:
+    rig.json("add", "Nat met Olu.")
+    done = rig.run("work", "--once", DD_AGENT_HOST="127.0.0.1", DD_TRACE_AGENT_PORT=str(free_port()))
+    assert (done.code, done.stderr) == (0, "")
+    assert (rig.waiting(), rig.count("Episodic")) == (0, 1)

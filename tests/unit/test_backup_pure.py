@@ -1,0 +1,129 @@
+"""What of scripts/backup needs no server: checksums, what is kept, what the environment may say, cron's table."""
+
+from __future__ import annotations
+
+import random
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from backup_lib import crc64, errors, keep, manifest, schedule, settings
+from backup_lib.manifest import INCOMPLETE, Backup, Part
+from backup_lib.settings import KEEP
+
+B2 = {"BACKUP_REMOTE": "b2:bucket/path", "RCLONE_CONFIG_B2_TYPE": "b2"}
+
+
+def slowly(data: bytes) -> int:
+    """The CRC64 as its definition has it, bit by bit."""
+    crc = 0
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ crc64.POLYNOMIAL if crc & 1 else crc >> 1
+    return crc
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 5000, (1 << 17) - 1, (1 << 17) + 9])
+def test_crc64_is_that_of_its_definition(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert slowly(b"123456789") == 0xE9C6D914C4B8D9CA  # as Redis' own sources say
+    monkeypatch.setattr(crc64, "BLOCK", 1 << 17)
+    path = tmp_path / "data"
+    path.write_bytes(data := random.Random(size).randbytes(size))  # noqa: S311
+    assert crc64.crc64(path, size) == slowly(data)
+    assert crc64.crc64(path, size - 1) == slowly(data[:-1])
+
+
+def made(days: float, parts: str = "files", kind: str = "backup", fault: str = "") -> Backup:
+    when = datetime(2026, 11, 24, 3, tzinfo=UTC) - timedelta(days=days)
+    part = Part("o", (1, ""), (1, ""), {})
+    return Backup(f"{when:%Y%m%dT%H%M%SZ}-{int(days):06x}", kind, "", dict.fromkeys(parts.split(), part), 1, fault)
+
+
+def test_prune_keeps_the_last_and_the_newest_of_each_day_week_and_month() -> None:
+    backups = [made(hours / 24) for hours in range(0, 24 * 120, 12)]
+    limits = {"LAST": 3, "DAILY": 4, "WEEKLY": 3, "MONTHLY": 3, "SAFETY": 0}
+    removed = keep.to_remove(backups, limits)
+    kept = [backup.id[:11] for backup in backups if backup not in removed]
+    assert kept == [
+        "20261124T03", "20261123T15", "20261123T03",  # the last three
+        "20261122T15", "20261121T15",  # days
+        "20261115T15",  # weeks: those of the 23rd and the 22nd are there
+        "20261031T15", "20260930T15",  # months
+    ]  # fmt: skip
+    assert removed == sorted(removed, key=lambda backup: backup.id)
+
+
+def test_prune_never_removes_the_last_good_copy_of_a_part_nor_what_may_still_be_saved() -> None:
+    none = dict.fromkeys(KEEP, 0)
+    old = made(500, "valkey opencode")
+    half, damaged = made(3, "", "", INCOMPLETE), made(2, fault="files.tar.gz has not the size it had")
+    safety = made(4, kind="safety")
+    backups = [made(1), made(5), old, made(600, "valkey"), half, damaged, safety]
+    assert {backup.id for backup in keep.to_remove(backups, none)} == {
+        made(5).id, made(600).id, half.id, safety.id
+    }  # fmt: skip
+
+
+def test_secrets_are_read_from_files_and_only_those_of_secrets(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("hidden-key\n")
+    config = settings.load({**B2, "RCLONE_CONFIG_B2_KEY_FILE": str(tmp_path / "key")})
+    assert config.environ["RCLONE_CONFIG_B2_KEY"] == "hidden-key"
+    assert "RCLONE_CONFIG_B2_KEY_FILE" not in config.environ
+    assert config.hide("failed with hidden-key") == "failed with ***"
+    assert "hidden-key" not in repr(config)
+    sftp = {"RCLONE_CONFIG_S_TYPE": "sftp", "RCLONE_CONFIG_S_KEY_FILE": "/root/.ssh/id"}
+    assert settings.load(sftp).environ["RCLONE_CONFIG_S_KEY_FILE"] == "/root/.ssh/id"  # that is rclone's own
+    for environ in ({"DD_API_KEY": "a", "DD_API_KEY_FILE": str(tmp_path / "key")}, {"DD_API_KEY_FILE": "/none"}):
+        with pytest.raises(errors.NotConfigured):
+            settings.load(environ)
+
+
+def test_only_what_rclone_needs_is_handed_on() -> None:
+    handed = settings.load({**B2, "DD_API_KEY": "k", "FALKORDB_PASSWORD": "p", "AWS_CA_BUNDLE": "/ca", "PATH": "/bin"})
+    assert set(handed.environ) == {"PATH", "RCLONE_CONFIG_B2_TYPE"}
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"BACKUP_REMOTE": "bucket"},
+        {"BACKUP_REMOTE": "b2:bucket"},  # nothing describes it
+        {"BACKUP_REMOTE": ":b2,account=a,key=k:bucket"},  # would show the key in ps
+        {"BACKUP_REMOTE": "b2,key=k:bucket", "RCLONE_CONFIG_B2_TYPE": "b2"},
+        {"BACKUP_REMOTE": "c:", "RCLONE_CONFIG_C_TYPE": "crypt"},  # names would be encrypted
+        {**B2, "BACKUP_PARTS": "falkordb mysql"},
+        {**B2, "BACKUP_KEEP_LAST": "-1"},
+        {**B2, "BACKUP_MAX_AGE_HOURS": "day"},
+        {**B2, "FALKORDB_PORT": "tcp://10.0.0.1:6379"},
+    ],
+)
+def test_what_cannot_be_meant_is_refused(environ: dict[str, str]) -> None:
+    with pytest.raises(errors.NotConfigured):
+        settings.load(environ)
+
+
+def test_crons_table_signals_and_holds_nothing_else() -> None:
+    assert schedule.crontab("*/5 3 * * 1-5", 7) == "*/5 3 * * 1-5 kill -USR1 7\n17 * * * * kill -USR2 7\n"
+    for bad in ("", "3 * * *", "* * * * * rm", "* * * * *\n* * * * * x", "@reboot"):
+        with pytest.raises(errors.NotConfigured):
+            schedule.crontab(bad, 7)
+
+
+def test_a_manifest_that_was_changed_is_noticed() -> None:
+    import json
+
+    written = json.loads(manifest.write(made(1)))
+    assert manifest.parse(written) == made(1)
+    assert manifest.parse({**written, "host": "another"}).fault == "its manifest was changed"
+    body = {name: value for name, value in written.items() if name != "sha256"} | {"format": 2}
+    assert "another version" in manifest.parse({**body, "sha256": manifest._sum(body)}).fault
+
+
+def test_docs_have_every_exit_code() -> None:
+    page = (Path(__file__).parents[2] / "docs/backup.md").read_text()
+    rows = {(int(code), name, what) for code, name, what in re.findall(r"\| (\d+) \| `(\w+)` \| (.+) \|", page)}
+    kinds = errors.Failure.__subclasses__()
+    assert rows == {(kind.code, kind.__name__, str(kind.__doc__)) for kind in kinds}
+    assert len({kind.code for kind in kinds}) == len(kinds)

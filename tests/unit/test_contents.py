@@ -1,0 +1,236 @@
+"""What is inside an image, and what differs between two: what is asked, kept, compared and said."""
+
+import json
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import contents, diff, host, process
+from pipeline.engine import Engine
+from pipeline.errors import ContentsUnreadable, DiskFull, NoSuchImage, NotTheSame, PipelineError, SbomFailed
+from pipeline.settings import Settings
+
+ENGINE = Engine("docker", "/d", "20.10")
+
+INSIDE: dict[str, Any] = {
+    "system": "Debian GNU/Linux 12 (bookworm), 12.15",
+    "debian": "12",
+    "node": "v20.1.0",
+    "packages": {"debian": {"git": ["1:2", 9_000_000, "git", "1:2"]}, "npm": {"zod": ["4", 5]}, "python": {}},
+}
+FILES = {
+    "/opt": ["drwxr-xr-x", "0:0", 0, 1, ""],
+    "/opt/a": ["-rw-r--r--", "0:0", 10, 1, "aa"],
+    "/opt/link": ["lrwxrwxrwx", "0:0", 0, 1, "a"],
+    "/usr/bin/x": ["-rwxr-xr-x", "0:0", 10, 1, "bb"],
+}
+
+
+def image(*layers: str, name: str = "i", **config: Any) -> dict[str, Any]:
+    return {"Id": f"sha256:{name}", "Size": 750_000_000, "RootFS": {"Layers": list(layers)}, "Config": config}
+
+
+class Images:
+    """Stands for process.run: images by name, and what each says when it is looked into."""
+
+    def __init__(self, **images: dict[str, Any]) -> None:
+        self.images, self.inside = images, dict.fromkeys(images, INSIDE)
+        self.looked: list[list[str]] = []
+        self.failing: dict[str, str] = {}
+
+    def __call__(self, argv: list[str], **_: Any) -> process.Completed:
+        code, out = 0, ""
+        if argv[1:3] == ["image", "inspect"]:
+            name = argv[3].removesuffix(":latest")
+            code, out = (0, json.dumps([self.images[name]])) if name in self.images else (1, "")
+        elif argv[1] == "run":
+            self.looked.append(argv)
+            name = next(word for word in argv if word.startswith("sha256:")).removeprefix("sha256:")
+            out = json.dumps({**self.inside[name], **({"files": FILES} if argv[-1] == "files" else {})})
+        elif argv[0].endswith("syft"):
+            Path(argv[-1].removeprefix("spdx-json=")).write_text("{}")
+        word = "syft" if argv[0].endswith("syft") else argv[1]
+        said = self.failing.get(word, "")
+        return process.Completed(tuple(argv), 1 if said else code, out, said, 0.0)
+
+
+@pytest.fixture
+def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Images]:
+    monkeypatch.setattr(contents, "BUILD", tmp_path)
+    monkeypatch.setattr(diff, "BUILD", tmp_path)
+    monkeypatch.setattr(host, "ensure_dev_tools", lambda: None)
+
+    def images(**images: dict[str, Any]) -> Images:
+        made = Images(**images)
+        monkeypatch.setattr(process, "run", made)
+        return made
+
+    return images
+
+
+def test_an_image_is_looked_into_by_its_own_python_without_a_network(use: Callable[..., Images]) -> None:
+    images = use(i=image("a"))
+    assert contents.look(ENGINE, image("a")) == INSIDE
+    assert contents.look(ENGINE, image("a"), files=True)["files"] == FILES
+    [argv, _] = images.looked
+    name = argv[argv.index("--name") + 1]
+    assert name.startswith("opencode-server-contents-")
+    assert argv == [
+        *("/d", "run", "--rm", "--name", name, "--network", "none", "--read-only"),
+        *("--cap-drop", "all", "--cap-add", "DAC_READ_SEARCH", "--user", "0", "--no-healthcheck"),
+        *("--entrypoint", "/usr/bin/python3", "sha256:i", "-S", "-I", "-c", contents.INVENTORY),
+    ]
+
+
+def test_one_that_cannot_be_looked_into_is_named(use: Callable[..., Images]) -> None:
+    images = use(i=image("a"))
+    images.failing["run"] = "exec: /usr/bin/python3: not found"
+    with pytest.raises(ContentsUnreadable, match="docker cannot look into sha256:i"):
+        contents.look(ENGINE, image("a"))
+    with pytest.raises(NoSuchImage, match="docker has no image nobody"):
+        contents.find(ENGINE, "nobody", "opencode-server")
+
+
+def test_a_bare_word_is_a_tag_of_ours_before_it_is_another_image(use: Callable[..., Images]) -> None:
+    use(**{"ours:one": image("a", name="ours"), "one": image("a", name="another"), "two": image("a", name="two")})
+    assert [contents.find(ENGINE, word, "ours")["Id"][7:] for word in ("one", "two", "one:latest")] == [
+        *("ours", "two", "another")
+    ]
+
+
+def test_each_build_writes_a_manifest_and_looks_only_at_what_is_new(use: Callable[..., Images], tmp_path: Path) -> None:
+    images = use(runtime=image("a", "b", name="runtime"))
+
+    def keep(*layers: str, last_stage: str = "COPY run /\n") -> dict[str, Any]:
+        labels = {"opencode-server.openagents.kind": "starter", "other": "x"}
+        contents.keep(ENGINE, image(*layers, name="built", Labels=labels), "runtime", last_stage)
+        said: dict[str, Any] = json.loads((tmp_path / "contents-docker.json").read_text())
+        return said
+
+    said = keep("a", "b", "1")
+    assert said.items() >= INSIDE.items()
+    assert (said["id"], said["engine"], said["bytes"]) == ("built", "docker", 750_000_000)
+    assert said["openagents"] == {"kind": "starter"}
+    assert said["layers"] == ["a", "b"]
+    assert keep("a", "b", "2") == said
+    assert len(images.looked) == 1, "an edit changes the last layers only"
+
+    images.images["runtime"] = image("a", "c", name="runtime")
+    assert keep("a", "c", "2")["layers"] == ["a", "c"]
+    assert len(images.looked) == 2
+
+    images.inside["built"] = INSIDE
+    assert keep("a", "c", "3", last_stage="COPY x y\n run apt-get install x\n")["layers"] == ["a", "c", "3"]
+    assert "sha256:built" in images.looked[2], "a RUN in the last stage may install anything"
+    keep("a", "c", "3", last_stage="RUN apt-get install x\n")
+    assert len(images.looked) == 3
+
+
+def test_the_bill_of_materials_is_syfts(use: Callable[..., Images], tmp_path: Path) -> None:
+    use(i=image("a"))
+    assert contents.write_sbom(ENGINE, image("a")) == tmp_path / "sbom.spdx.json"
+    argv = contents.sbom_argv(Path("/x.tar"), Path("/o.json"))
+    assert argv[0] == str(Path(sys.executable).parent / "syft")
+    assert argv[1:] == [
+        *("scan", "docker-archive:/x.tar", "--quiet", "--source-name", "opencode-server"),
+        *("--output", "spdx-json=/o.json"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "failure"), [("could not parse", SbomFailed), ("write /tmp/x: no space left on device", DiskFull)]
+)
+def test_a_bill_that_cannot_be_written_is_named_and_the_last_one_stays(
+    use: Callable[..., Images], tmp_path: Path, said: str, failure: type[PipelineError]
+) -> None:
+    use(i=image("a")).failing["syft"] = said
+    (tmp_path / "sbom.spdx.json").write_text("the last one")
+    with pytest.raises(failure, match="syft") as caught:
+        contents.write_sbom(ENGINE, image("a"))
+    assert caught.value.details == said
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["the last one"]
+
+
+BEFORE = image("a", Env=["PATH=/bin", "OLD=1", "A=b=c"], Labels={"org.opencontainers.image.created": "1"}, Cmd=["x"])
+BEFORE_INSIDE = {**INSIDE, "files": FILES}
+
+
+def test_two_images_that_are_the_same() -> None:
+    after = deepcopy(BEFORE) | {"Id": "sha256:other"}
+    after["Config"]["Labels"] = {"org.opencontainers.image.created": "2"}
+    later = deepcopy(BEFORE_INSIDE)
+    later["files"]["/opt"][3] = 2
+    found = diff.compare(BEFORE, after, BEFORE_INSIDE, later)
+    assert found.same
+    assert found.times == ["/opt"]
+    assert found.settings == [("label org.opencontainers.image.created", "1", "2")]
+
+
+def test_what_differs() -> None:
+    after = image("a", Env=["PATH=/usr/bin", "A=b=c"], Labels=None, Entrypoint=["tini"], ExposedPorts={"1/tcp": {}})
+    after |= {"Size": 751_000_000, "Healthcheck": {"Test": ["CMD", "x"]}}
+    later = deepcopy(BEFORE_INSIDE)
+    later["packages"] |= {"debian": {"git": ["1:3", 9_000_001, "git", "1:3"]}, "npm": {}, "python": {"redis": ["8", 7]}}
+    later["files"] = {
+        "/opt": FILES["/opt"],
+        "/opt/a": ["-rw-------", "1:0", 12, 2, "cc"],
+        "/opt/link": ["lrwxrwxrwx", "0:0", 0, 1, "b"],
+        "/opt/new": ["-rw-r--r--", "0:0", 5, 1, "dd"],
+    }
+    found = diff.compare(BEFORE, after, BEFORE_INSIDE, later)
+    assert not found.same
+    assert found.size == (750_000_000, 751_000_000)
+    assert found.settings == [
+        ("cmd", '["x"]', ""),
+        ("entrypoint", "", '["tini"]'),
+        ("env OLD", "1", ""),
+        ("env PATH", "/bin", "/usr/bin"),
+        ("exposedports", "", '{"1/tcp": {}}'),
+        ("healthcheck", "", '{"Test": ["CMD", "x"]}'),
+        ("label org.opencontainers.image.created", "1", ""),
+    ]
+    assert found.packages == [("debian git", "1:2", "1:3", 1), ("npm zod", "4", "", -5), ("python redis", "", "8", 7)]
+    assert found.files == {
+        "/opt/a": ("mode, owner, content", 2),
+        "/opt/link": ("content", 0),
+        "/opt/new": ("new", 5),
+        "/usr/bin/x": ("gone", -10),
+    }
+
+
+def test_it_fits_a_screen_and_all_of_it_is_written(
+    use: Callable[..., Images], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = use(one=image("a", name="one"), two=image("b", name="two", Env=[f"V{n}=1" for n in range(40)]))
+    images.inside["two"] = {**INSIDE, "packages": {**INSIDE["packages"], "npm": {f"p{n}": ["1", n] for n in range(40)}}}
+    diff.diff(Settings(), ENGINE, "one", "two")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 50
+    assert "diff: one 750.0 MB -> two 750.0 MB (+0.0 MB)" in lines
+    assert "and 28 more in build/diff.json" in lines
+    written = json.loads((tmp_path / "diff.json").read_text())
+    assert (len(written["settings"]), len(written["packages"])) == (40, 41)
+    with pytest.raises(NotTheSame, match="one and two differ"):
+        diff.diff(Settings(), ENGINE, "one", "two", same=True)
+    diff.diff(Settings(), ENGINE, "one", "one", same=True)
+    assert capsys.readouterr().out.endswith("the same content and settings; 0 files differ in their times\n")
+
+
+def test_every_file_is_named_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    files = {f"/opt/venv/{n}": ("new", 1000) for n in range(40)}
+    found = diff.Difference((1, 1), files=files, times=["/opt"])
+    diff.show(found, "a", "b")
+    short = capsys.readouterr().out
+    assert ["/opt/venv", "40", "0", "0", "+0.04"] in [line.split() for line in short.splitlines()]
+    diff.show(found, "a", "b", every=True)
+    out = capsys.readouterr().out
+    assert [line.split() for line in out.splitlines()[1:3]] == [
+        ["new", "+1,000", "/opt/venv/0"],
+        ["new", "+1,000", "/opt/venv/1"],
+    ]
+    assert "time             +0  /opt\n" in out
+    assert "1 files differ in their times" in out
