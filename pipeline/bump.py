@@ -275,10 +275,11 @@ class _Work:
     @functools.cached_property
     def _newest(self) -> dict[str, str]:
         """The newest version on npm of every package that is pinned, within its range, by one call."""
-        base_pins = dict(spec.rsplit("@", 1) for spec in json.loads((self.locks / "base.json").read_bytes())["npm"])
+        locks = self.root / "locks"  # as they were: the copies are being written, each by its own thread
+        base_pins = dict(spec.rsplit("@", 1) for spec in json.loads((locks / "base.json").read_bytes())["npm"])
         # npm and corepack stay on the line that this Node ships with.
         ranges = {name: f"{'~' if name in {'npm', 'corepack'} else '^'}{old}" for name, old in base_pins.items()}
-        for path in self.locks.glob("npm/*/package.json"):
+        for path in locks.glob("npm/*/package.json"):
             ranges |= {name: f"^{old}" for name, old in json.loads(path.read_bytes())["dependencies"].items()}
         with tempfile.TemporaryDirectory() as scratch:
             project = {"name": "pins", "private": True, "dependencies": ranges}
