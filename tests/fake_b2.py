@@ -245,7 +245,9 @@ class Handler(BaseHTTPRequestHandler):
         name = unquote(self.headers.get("X-Bz-File-Name", "")) or (rest if kind == "file" else "")
         with self.b2.lock:
             self.b2.requests.append(f"{call} {name}".strip())
-        self._call = call
+        if call == "b2_download_file_by_id":
+            with contextlib.suppress(Refused):
+                name = self.b2.version(urlsplit(self.path).query.removeprefix("fileId="))[1].name
         fault = self.b2.fault(call, name)
         try:
             body = self._body(fault)

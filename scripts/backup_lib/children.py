@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from backup_lib.errors import Interrupted, ToolMissing
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _live: set[subprocess.Popen[bytes]] = set()
+_ending = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ def child(argv: Sequence[str], environ: Mapping[str, str], *, stdin: IO[bytes] |
             process_group=0,
         )  # fmt: skip
         _live.add(process)
+        if _ending.is_set() and threading.current_thread() is not threading.main_thread():
+            _kill(process)  # it was begun in the moment of the signal; what cleans up runs in the main thread
         try:
             yield process, errors
         finally:
@@ -106,6 +110,7 @@ def interruptible() -> Iterator[None]:
     def interrupt(number: int, _frame: FrameType | None) -> None:
         for ending in ENDING:
             signal.signal(ending, signal.SIG_IGN)
+        _ending.set()
         for process in list(_live):
             _kill(process)
         raise Interrupted(number)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from backup_lib import manifest, opencode, servers, work
+from backup_lib import manifest, opencode, work
 from backup_lib.errors import BackupDamaged, Failure, UploadDamaged, full_disk, is_full
 from backup_lib.manifest import MANIFEST, Backup, Part
 from backup_lib.remote import Remote
@@ -99,6 +99,8 @@ def copy(part: str, settings: Settings, scratch: Path) -> dict[str, Any]:
     """Copy one part into ``scratch`` and check it; return the facts for the manifest."""
     target = scratch / OBJECTS[part]
     if part in settings.servers:
+        from backup_lib import servers  # redis-py and NumPy take a third of a second to import
+
         return servers.copy(settings.servers[part], target, settings)
     if part == "opencode":
         return opencode.copy_database(settings.database, target)
