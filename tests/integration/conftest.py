@@ -38,3 +38,4 @@ def rig(python: str, databases: tuple[Kept, Kept], fake: FakeOpenAI, tmp_path: P
     made = Rig.of(python, tmp_path, fake, graph=graph.port, queue=queue.port, project=f"p{uuid.uuid4().hex[:8]}")
     yield made
     made.end()
+    made.redis("VALKEY", "FLUSHALL")  # a worker of the next test would digest what this one has left
