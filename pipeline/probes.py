@@ -79,7 +79,8 @@ class Subject:
         import requests
 
         try:
-            answer = self.server.get(path)
+            # It is ready by now, so patience costs nothing; a busy machine needs it.
+            answer = self.server.get(path, timeout=4 * self.server.timeout)
         except requests.RequestException as error:
             raise Wrong(f"{path}: {type(error).__name__}") from error
         if answer.status_code != requests.codes.ok:
@@ -265,7 +266,7 @@ def programs(subject: Subject) -> str:
 def status(subject: Subject) -> str:
     """The status script answers from inside, and finds the server well."""
     assert subject.container  # noqa: S101 -- needs image
-    done = subject.container.exec("/app/scripts/status", "--json", "server")
+    done = subject.container.exec("/app/scripts/status", "--json", "--timeout", "20", "server")
     if not done.ok:
         raise Wrong(f"/app/scripts/status ended with {done.code}: {done.said[-300:]}")
     return "the server is well, from inside"
