@@ -140,13 +140,14 @@ def test_the_database_is_copied_whole_while_it_is_written_to(here: World) -> Non
 
 
 def test_servers_are_copied_while_they_are_written_to(here: World) -> None:
-    def write() -> None:
+    def link() -> None:
         here.graph("CREATE (:Node)-[:Knows]->(:Node)")  # one transaction: never one without the other
+
+    def push() -> None:
         with client(here.valkey) as server:
             server.rpush("log", "x")
-            server.rpush("log2", "x")
 
-    with repeatedly(write):
+    with repeatedly(link), repeatedly(push):  # a thread for each: one that waits must not hold up the other
         backup = here.run("--only", "falkordb,valkey")
     facts = next(each for each in here.backup("list", "--json").ok().json if each["id"] == backup)["parts"]
     assert facts["valkey"]["facts"]["exact"] is False
