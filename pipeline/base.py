@@ -202,8 +202,11 @@ def _make(engine: Engine, settings: Settings, why: list[str]) -> None:
     _raise_if_full(done)
     if not done.ok:
         raise BaseUnavailable(f"{engine.name} cannot import the base made here", "See what it said.", done.said)
-    # A plain `podman build .` or `docker build .` says FROM node:20-slim. Where that cannot be pulled it is this one.
-    if architecture(lock.platform) == architecture() and not engine.image(f"{lock.image}:{lock.tag}"):
+    # A plain `podman build .` or `docker build .` says FROM node:20-slim. Where that cannot be pulled it is this one,
+    # and no longer one that was made here before it.
+    named = engine.image(f"{lock.image}:{lock.tag}")
+    ours = not named or MADE in (named["Config"].get("Labels") or {})
+    if ours and architecture(lock.platform) == architecture():
         engine.tag(engine.local(tag), f"{lock.image}:{lock.tag}")
     warn(
         f"base: made here, not Docker's own {lock.image}:{lock.tag}; the label {MADE} says so.\n"

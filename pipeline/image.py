@@ -330,7 +330,7 @@ def _summary(record: dict[str, Any], last: dict[str, Any]) -> None:
     )
     size = megabytes(record["size"])
     if "size" in last:
-        size += f" ({(record['size'] - last['size']) / 1e6:+.1f} MB)"
+        size += f" ({round((record['size'] - last['size']) / 1e6, 1) + 0.0:+.1f} MB)"  # + 0.0: there is a -0.0
     say(f"built {record['image']}  {record['id'][:12]}  {size}  in {record['seconds']:.1f} s")
     say(f"since the last build: {'; '.join(record['changes'])}")
 

@@ -23,7 +23,7 @@ SECRET = 'hunt"er\\ 2 $é'  # noqa: S105 -- of servers that a test makes
 
 def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, STATUS, *words],
+        [sys.executable, "-S", STATUS, *words],  # -S: the b2sdk that these tests run beside is none of its business
         env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **env},
         capture_output=True,
         text=True,
