@@ -351,16 +351,20 @@ def _uv(root: Path) -> str:
     """Return uv: this machine's, or the locked one, kept in the cache directory."""
     if found := shutil.which("uv"):
         return found
+    from filelock import FileLock
+
     target = base.cache_directory() / f"uv-{(root / 'locks/uv.txt').read_text().split()[0].split('==')[1]}"
-    if not target.exists():
-        draft = target.with_name(f"{target.name}.{os.getpid()}")
-        words = ["install", "--quiet", "--no-deps", "--require-hashes", "--target", str(draft)]
-        # A .venv that uv made has no pip; the Python it stands on has.
-        python = sys.executable if importlib.util.find_spec("pip") else getattr(sys, "_base_executable", sys.executable)
-        done = process.run([python, "-m", "pip", *words, "-r", "locks/uv.txt"], env=host.tool_env(), cwd=root)
-        if not done.ok:
-            raise _failure("uv, which resolves Python's pins, cannot be installed", done.said)
-        draft.replace(target)
+    with FileLock(f"{target}.lock"):  # several pins are resolved at once, and all ask for it
+        if not target.exists():
+            draft = target.with_name(f"{target.name}.{os.getpid()}")
+            words = ["install", "--quiet", "--no-deps", "--require-hashes", "--target", str(draft)]
+            # A .venv that uv made has no pip; the Python it stands on has.
+            ours = sys.executable if importlib.util.find_spec("pip") else ""
+            python = ours or getattr(sys, "_base_executable", sys.executable)
+            done = process.run([python, "-m", "pip", *words, "-r", "locks/uv.txt"], env=host.tool_env(), cwd=root)
+            if not done.ok:
+                raise _failure("uv, which resolves Python's pins, cannot be installed", done.said)
+            draft.replace(target)
     return str(target / "bin" / "uv")
 
 
