@@ -165,3 +165,37 @@ def datadog_agent(traces: int, otlp: int, *within: str) -> Iterator[None]:
         finally:
             child.kill()
             child.wait()
+
+
+@contextlib.contextmanager
+def collector(status: int = 202, other: int = 200) -> Iterator[tuple[int, list[tuple[str, dict[str, str], bytes]]]]:
+    """Take whatever is sent, as Datadog's intake and Agent do; yield the port, and path, headers and body of each.
+
+    ``status`` answers the intake's paths, which begin with /api, and ``other`` the rest.
+    """
+    taken: list[tuple[str, dict[str, str], bytes]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            taken.append((self.path, dict(self.headers), body))
+            self.send_response(status if self.path.startswith("/api") else other)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(b'{"rate_by_service": {}, "errors": []}')
+
+        do_PUT = do_GET = do_POST  # noqa: N815 -- the base class' names
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing on the test's stderr."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield server.server_port, taken
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -16,7 +16,7 @@ import pytest
 from pipeline import history, notify, release
 from pipeline.settings import Settings
 from tests.conftest import Built, Checkout
-from tests.integration.test_notify import receiver
+from tests.servers import collector
 
 pytestmark = pytest.mark.engine
 
@@ -143,13 +143,13 @@ def test_an_upstream_that_breaks_the_image_is_never_released_and_the_next_night_
 def test_datadog_is_told_by_the_images_own_client(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DD_API_KEY", "k3y")
     engine = built.engine
-    with receiver(202) as (port, got):
+    with collector() as (port, got):
         monkeypatch.setenv("DD_API_URL", f"http://127.0.0.1:{port}")
         settings = Settings(image=built.reference.rpartition("/")[2].partition(":")[0], notify={"datadog": True})
         notify.tell(settings, engine, {"outcome": "failed", "where": "build", "why": "no", "seconds": 3.5})
     assert sorted(path for path, _, _ in got) == ["/api/v1/events", "/api/v2/series"]
     assert {headers["DD-API-KEY"] for _, headers, _ in got} == {"k3y"}
-    told = {path: body for path, _, body in got}
+    told = {path: json.loads(body) for path, _, body in got}
     event = told["/api/v1/events"]
     assert (event["title"], event["text"]) == ("opencode-server: failed build", "build: no")
     assert event["alert_type"] == "error"

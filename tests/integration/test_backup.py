@@ -8,10 +8,8 @@ import hashlib
 import io
 import json
 import sqlite3
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from b2sdk.v2 import B2Api, InMemoryAccountInfo
@@ -19,7 +17,7 @@ from b2sdk.v2 import B2Api, InMemoryAccountInfo
 from bench import backup as drills
 from tests.backups import DATADOG, ENCRYPTION, NO_DELAY, NODES, SERVER_PASSWORD, World, client, repeatedly, until, world
 from tests.fake_b2 import ACCOUNT, KEY
-from tests.servers import free_port, redis_server
+from tests.servers import collector, free_port, redis_server
 
 pytestmark = pytest.mark.server
 
@@ -207,57 +205,29 @@ def test_the_drill_loses_everything_and_has_it_back(capsys: pytest.CaptureFixtur
     assert "200 nodes, 100 keys, 100 rows: all of it" in capsys.readouterr().out
 
 
-@contextlib.contextmanager
-def datadog(status: int = 202) -> Iterator[tuple[str, list[tuple[Mapping[str, str], Any]]]]:
-    """Serve Datadog's intake for metrics; yield its URL and what it is sent."""
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-    sent: list[tuple[Mapping[str, str], Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            assert self.path == "/api/v2/series"
-            sent.append((dict(self.headers), json.loads(body)))
-            self.send_response(status)
-            self.send_header("Content-Length", "2")
-            self.end_headers()
-            self.wfile.write(b"{}")
-
-        def log_message(self, *_: object) -> None:
-            """Say nothing on the test's stderr."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", sent
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 def test_datadog_is_told_of_success_size_and_age(here: World) -> None:
-    with datadog() as (url, sent):
-        env = {"DD_API_KEY": DATADOG, "BACKUP_DATADOG_URL": url, "DD_HOSTNAME": "backup-host"}
+    with collector() as (port, sent):
+        env = {"DD_API_KEY": DATADOG, "BACKUP_DATADOG_URL": f"http://127.0.0.1:{port}", "DD_HOSTNAME": "backup-host"}
         here.run(**env)  # all parts, so that there is an age
         here.backup("run", RCLONE_CONFIG_B2_KEY="wrong", **env).failed("RemoteRefused")
         here.backup("status", **env).failed("LastRunFailed")
-    values = [{each["metric"].removeprefix("opencode.backup."): each["points"][0]["value"] for each in body["series"]}
-              for _, body in sent]  # fmt: skip
+    assert {path for path, _, _ in sent} == {"/api/v2/series"}
+    told = [json.loads(body)["series"] for _, _, body in sent]
+    values = [{each["metric"].removeprefix("opencode.backup."): each["points"][0]["value"] for each in series}
+              for series in told]  # fmt: skip
     assert [each["success"] for each in values] == [1, 0, 0]
     assert values[0]["bytes"] > 1000
     assert 0 <= values[2]["age_seconds"] < 600
-    for headers, body in sent:
+    for (_, headers, _), series in zip(sent, told, strict=True):
         assert headers["Dd-Api-Key"] == DATADOG
-        for each in body["series"]:
+        for each in series:
             assert each["resources"] == [{"type": "host", "name": "backup-host"}]
             assert each["type"] == 3
 
 
 def test_a_datadog_that_refuses_or_is_away_costs_nothing_but_a_line(here: World) -> None:
-    with datadog(403) as (url, _):
-        env = {"DD_API_KEY": DATADOG, "BACKUP_DATADOG_URL": url}
+    with collector(403) as (port, _):
+        env = {"DD_API_KEY": DATADOG, "BACKUP_DATADOG_URL": f"http://127.0.0.1:{port}"}
         assert "datadog: the metrics were not taken" in here.backup("run", "--only", "files", **env).ok().stderr
     assert "datadog: the metrics were not taken" in here.backup("run", "--only", "files", **env).ok().stderr
 

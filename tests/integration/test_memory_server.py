@@ -5,10 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +12,10 @@ import pytest
 
 from tests.fake_openai import FakeOpenAI
 from tests.memories import Rig, Session, kept, until
-from tests.servers import free_port, http_server, silent_server
+from tests.servers import collector, free_port, http_server, silent_server
 
 pytestmark = pytest.mark.server
 TOOLS = {"add", "search_facts", "search_entities", "recent_memories", "forget"}
-
-
-@contextmanager
-def collector(status: int = 202) -> Iterator[tuple[int, list[tuple[str, dict[str, str], bytes]]]]:
-    """Take whatever is sent, as Datadog's intake and Agent do; yield the port, and what was sent."""
-    taken: list[tuple[str, dict[str, str], bytes]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            taken.append((self.path, dict(self.headers), body))
-            self.send_response(status if self.path.startswith("/api") else 200)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(b'{"rate_by_service": {}, "errors": []}')
-
-        do_PUT = do_GET = do_POST  # noqa: N815 -- the base class' names
-
-        def log_message(self, *_: object) -> None:
-            """Say nothing on the test's stderr."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield server.server_port, taken
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def test_a_session_adds_and_a_later_one_finds(rig: Rig) -> None:
