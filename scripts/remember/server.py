@@ -24,7 +24,7 @@ INSTRUCTIONS = (
     "A memory of this project that outlives the session. Search it before you ask the user what they may have told"
     " before; add to it what will matter in later sessions."
 )
-WORKER_PATIENCE_SECONDS = 2.0
+WORKER_PATIENCE_SECONDS = 5.0
 
 Limit = Annotated[int, Field(ge=1, le=100, description="how many at most")]
 

@@ -50,6 +50,7 @@ class Worker:
         self.settings, self.queue, self.graph = settings, queue, graph
         self._token = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._busy: dict[str, asyncio.Task[None]] = {}
+        self._asked: set[str] = set()
 
     async def run(self, *, until_empty: bool = False) -> None:
         """Work until cancelled, or until every queue is empty; give leases back at the end.
@@ -76,6 +77,10 @@ class Worker:
             for task in self._busy.values():
                 task.cancel()
             await asyncio.gather(*self._busy.values(), return_exceptions=True)
+            # Cancelled while Valkey's answer was under way, or before a task's first step: nobody else gives these back.
+            for project in self._asked:
+                with contextlib.suppress(Exception):
+                    await self.queue.release(project, self._token)
 
     async def _wait(self, last: str, seconds: float) -> str:
         """Wait until somebody adds, a project of ours is done, or so long; return the wake-up seen last."""
@@ -96,7 +101,9 @@ class Worker:
                 continue
             look = look or LOOK_SECONDS
             if len(self._busy) < self.settings.workers:
+                self._asked.add(project)
                 if left := await self.queue.take(project, self._token, self.settings.lease):
+                    self._asked.discard(project)
                     look = min(look, left)
                 else:
                     self._busy[project] = asyncio.ensure_future(self._hold(project))
@@ -119,6 +126,7 @@ class Worker:
                     say(f"{project}: {type(outcome).__name__}")
             with contextlib.suppress(Exception):
                 await self.queue.release(project, self._token)
+                self._asked.discard(project)
 
     async def _digest_all(self, project: str) -> None:
         superseded = 0
