@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import process
-from pipeline.errors import DiskFull, EngineBroken, NoEngine
+from pipeline.errors import ComposeMissing, DiskFull, EngineBroken, NoEngine
 from pipeline.records import read_json, write_json
 from pipeline.settings import BUILD
 
@@ -153,6 +153,43 @@ class Engine:
         """Run a command in a running container; ``detach`` does not wait for it."""
         words = [*(["--detach"] if detach else []), *(word for variable in env for word in ("--env", variable))]
         return self.argv("exec", *words, container, *command)
+
+    def play(self, network: str) -> list[str]:
+        """Start the pod that is described on standard input, in a network; only podman plays pods."""
+        return self.argv("kube", "play", "--network", network, "-")
+
+    def remove_pod(self, name: str, seconds: int = 30) -> list[list[str]]:
+        """End a pod's containers with SIGTERM, then remove it; its named volumes stay."""
+        return [self.argv("pod", "stop", "--time", str(seconds), name), self.argv("pod", "rm", "--force", name)]
+
+    def compose(self, file: Path, project: str, env_file: Path, *words: str) -> list[str]:
+        """Return a command of Compose, as this client's plugin or, where it has none, as a program of its own.
+
+        Raises ComposeMissing.
+        """
+        if process.run([self.program, "compose", "version"], timeout=ASK_SECONDS, env=self.env).ok:
+            program = [self.program, "compose"]
+        elif old := shutil.which("docker-compose"):
+            program = [old]
+        else:
+            raise ComposeMissing(
+                f"{self.program} has no Compose", "Install docker-compose-plugin or docker-compose, or use podman."
+            )
+        return [*program, "--project-name", project, "--env-file", str(env_file), "--file", str(file), *words]
+
+    def containers_conf(self, others: Mapping[str, Any]) -> tuple[str, str]:
+        """Return podman's settings for what has no flag for them, the bounds on a pod's containers; and their variable.
+
+        Since 4.5 they may come beside a user's own, and before that instead of them: then ``others`` are taken in.
+        """
+        limits = [limit for limit in self.limits if limit != "--ulimit"]
+        ours = {"pids_limit": int(BOUNDS[3])} | ({"default_ulimits": limits} if limits else {})
+        beside = tuple(map(int, self.version.split(".")[:2])) >= (4, 5)
+        tables = {} if beside else {name: dict(table) for name, table in others.items()}
+        tables.setdefault("containers", {}).update(ours)
+        lines = [f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
+                 for name, table in tables.items()]  # fmt: skip
+        return "\n".join(lines), "CONTAINERS_CONF_OVERRIDE" if beside else "CONTAINERS_CONF"
 
     def import_(self, tar: Path, tag: str, changes: Sequence[str] = ()) -> list[str]:
         """Make an image of one layer out of a root filesystem."""

@@ -261,6 +261,66 @@ class ScheduleFailed(PipelineError):
     exit_code = 69
 
 
+class StackBusy(PipelineError):
+    """Another command is starting, ending or upgrading this stack."""
+
+    exit_code = 70
+
+
+class NoStack(PipelineError):
+    """The stack, or the part of it that was asked for, is not up."""
+
+    exit_code = 71
+
+
+class SecretsRefused(PipelineError):
+    """A file of the stack's secrets can be read by others, or holds what its readers would not agree on."""
+
+    exit_code = 72
+
+
+class PartDown(PipelineError):
+    """A part of the stack ended, or did not answer in time."""
+
+    exit_code = 73
+
+
+class StackUnwell(PipelineError):
+    """The stack is up, and something about it is not as it should be."""
+
+    exit_code = 74
+
+
+class ComposeMissing(PipelineError):
+    """docker is there without Compose."""
+
+    exit_code = 75
+
+
+class UpgradeRolledBack(PipelineError):
+    """The newer image did not come up healthy; the stack runs the one before, with its data."""
+
+    exit_code = 76
+
+
+class UpgradeStopped(PipelineError):
+    """The upgrade could not begin, or an interrupted one could not be undone."""
+
+    exit_code = 77
+
+
+class DatabaseImageMissing(PipelineError):
+    """A database's image can neither be pulled nor made."""
+
+    exit_code = 78
+
+
+class VolumesKept(PipelineError):
+    """The volumes were to be removed, and nobody said yes."""
+
+    exit_code = 79
+
+
 class Interrupted(PipelineError):
     """Ctrl-C or SIGTERM; exit code 128 + the signal's number, as a shell would report it."""
 

@@ -79,6 +79,19 @@ class Notify(_Section):
     seconds: float = Field(60, gt=0, le=3600)
 
 
+class Stack(_Section):
+    """What ``up`` starts: its name, where it listens, where its secrets are, and which images it takes."""
+
+    name: str = Field("opencode", pattern=r"^[a-z][a-z0-9-]{0,30}$")
+    address: str = Field("127.0.0.1", pattern=r"^[0-9.]+$")
+    port: int = Field(4096, ge=1, le=65535)
+    home: str = ""
+    falkordb: str = ""
+    valkey: str = ""
+    agent: str = ""
+    ready_seconds: float = Field(120, gt=0, le=3600)
+
+
 class Settings(_Section):
     """Every setting; ``invoke.yaml`` says what each means."""
 
@@ -93,6 +106,7 @@ class Settings(_Section):
     advisories: Advisories = Advisories()
     nightly: Nightly = Nightly()
     notify: Notify = Notify()
+    stack: Stack = Stack()
 
 
 def load(config: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Settings:

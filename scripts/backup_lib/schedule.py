@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -46,6 +47,7 @@ def missing_capabilities(status: str) -> list[str]:
 def serve(settings: Settings) -> None:
     """Run cron and what it asks for, until SIGTERM. Raises NotConfigured, ToolMissing, CronEnded."""
     Remote(settings)  # is there one?
+    user = user_of(settings.environ)
     os.dup2(sys.stdout.fileno(), sys.stderr.fileno())  # one log, on stdout
     if lacks := missing_capabilities(Path("/proc/self/status").read_text()):
         raise NotConfigured(
@@ -64,14 +66,27 @@ def serve(settings: Settings) -> None:
         except FileNotFoundError:
             raise ToolMissing("cron is not installed", "Use the image, or install Debian's package.") from None
         say(f"cron: {settings.schedule}; backups of {', '.join(settings.parts)} to {settings.remote}")
-        if _obey(heard, cron):
+        if _obey(heard, cron, user):
             return
         log.seek(0)
         said = log.read().decode(errors="replace").strip()
         raise CronEnded(f"cron ended with {cron.returncode} {said}", ROOM)
 
 
-def _obey(heard: SimpleQueue[int], cron: subprocess.Popen[bytes]) -> bool:
+def user_of(environ: Mapping[str, str]) -> dict[str, int]:
+    """Return who a backup runs as, UID:GID in BACKUP_USER, in Popen's words; we ourselves without. Raises NotConfigured.
+
+    It should be the server's user: what is restored then belongs to it, and no capability is needed to read its files.
+    """
+    said = environ.get("BACKUP_USER", "")
+    if not said:
+        return {}
+    if not re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}", said):
+        raise NotConfigured(f"BACKUP_USER={said} is no UID:GID", "Write two numbers, as in 1000:1000.")
+    return dict(zip(("user", "group"), map(int, said.split(":")), strict=True))
+
+
+def _obey(heard: SimpleQueue[int], cron: subprocess.Popen[bytes], user: dict[str, int]) -> bool:
     """Do what the signals say until one says to stop, or until cron has ended: then return False."""
     job: subprocess.Popen[bytes] | None = None
     try:
@@ -83,20 +98,23 @@ def _obey(heard: SimpleQueue[int], cron: subprocess.Popen[bytes]) -> bool:
                 say("stopping")
                 return True
             if number in JOBS:
-                job = _begin(job, JOBS[signal.Signals(number)])
+                job = _begin(job, JOBS[signal.Signals(number)], user)
         return False
     finally:
         for process in filter(None, (job, cron)):
             _end(process)
 
 
-def _begin(job: subprocess.Popen[bytes] | None, words: list[str]) -> subprocess.Popen[bytes]:
+def _begin(
+    job: subprocess.Popen[bytes] | None, words: list[str], user: dict[str, int]
+) -> subprocess.Popen[bytes]:
     if job:
         say(f"cron: not doing {words[0]}: the one before is still running")
         return job
     say(f"cron: {words[0]}")
     # Both streams go to the container's log; so does a traceback, if there is one.
-    return subprocess.Popen([sys.executable, "-IB", PROGRAM, *words], stdin=subprocess.DEVNULL, stderr=sys.stdout)
+    argv, groups = [sys.executable, "-IB", PROGRAM, *words], [] if user else None
+    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=sys.stdout, extra_groups=groups, **user)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

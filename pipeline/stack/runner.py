@@ -1,0 +1,223 @@
+"""How an engine runs the stack: podman plays the pods of ``deploy/kubernetes``, docker has ``deploy/compose.yaml``."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline import process
+from pipeline.engine import Engine
+from pipeline.errors import EngineBroken, PartDown, PortTaken
+from pipeline.settings import ROOT
+from pipeline.stack.manifests import Manifests, Pod, Stack, claim, pod
+from pipeline.stack.secrets import SERVER
+
+COMPOSE = ROOT / "deploy" / "compose.yaml"
+CONFIGURATIONS = ("/usr/share/containers/containers.conf", "/etc/containers/containers.conf")
+START_SECONDS, END_SECONDS = 120, 120
+TAKEN = re.compile("address already in use|port is already allocated|proxy already running", re.IGNORECASE)
+JOB_USER = "1000:1000"
+"""Who the parts run as; what the backup does by hand must be done as it too, so that the server can read the result."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What the engine says of a part's container; ``seconds`` since it was started are not asked for here."""
+
+    there: bool = False
+    running: bool = False
+    code: int = 0
+    restarts: int = 0
+    oom: bool = False
+    image: str = ""
+    since: str = ""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """The stack on one engine; what differs between the two is in the classes below."""
+
+    engine: Engine
+    manifests: Manifests
+    stack: Stack
+    home: Path
+
+    def container(self, part: str) -> str:
+        """Return the engine's name of a part's container."""
+        raise NotImplementedError
+
+    def start(self, part: str) -> None:
+        """Start a part anew, in place of what is there of it; volumes stay. Raises PortTaken, PartDown, EngineBroken."""
+        raise NotImplementedError
+
+    def end(self, part: str) -> None:
+        """End a part and remove its container; volumes stay."""
+        raise NotImplementedError
+
+    def end_all(self) -> None:
+        """End every part, the first last, and what they share."""
+        raise NotImplementedError
+
+    def volumes(self) -> list[str]:
+        """Return the names of the volumes that are there."""
+        raise NotImplementedError
+
+    def remove_volumes(self) -> None:
+        """Remove them, and all that is in them. Raises EngineBroken."""
+        for name in self.volumes():
+            self.do(self.engine.argv("volume", "rm", name), f"remove the volume {name}")
+
+    def with_image(self, part: str, image: str) -> Runner:
+        """Return a runner that starts one part from another image."""
+        return replace(self, stack=replace(self.stack, images={**self.stack.images, part: image}))
+
+    def state(self, part: str) -> State:
+        """Ask the engine how a part is."""
+        done = self.engine.ask(self.engine.argv("inspect", "--type", "container", self.container(part)), timeout=30)
+        if not done.ok:
+            return State()
+        said = json.loads(done.stdout)[0]
+        now = said["State"]
+        restarts, oom = int(said.get("RestartCount") or 0), bool(now.get("OOMKilled"))
+        return State(True, now["Running"], now["ExitCode"], restarts, oom, said["Image"], now["StartedAt"])
+
+    def exec(
+        self, part: str, *command: str, timeout: float = 30, user: str = "", detach: bool = False
+    ) -> process.Completed:
+        """Run a command in a part. Raises subprocess.TimeoutExpired."""
+        who = ["--user", user] if user else []
+        words = ["exec", *(["--detach"] if detach else []), *who, self.container(part), *command]
+        return self.engine.ask(self.engine.argv(*words), timeout=timeout)
+
+    def logs(self, part: str, lines: int = 15) -> str:
+        """Return the last lines that a part wrote."""
+        argv = self.engine.argv("logs", "--tail", str(lines), self.container(part))
+        done = self.engine.ask(argv, timeout=30)
+        return (done.stdout + done.stderr).strip()
+
+    def do(self, argv: Sequence[str], what: str, **more: Any) -> process.Completed:
+        """Run a command that has to succeed. Raises EngineBroken."""
+        done = self.engine.ask(argv, timeout=more.pop("timeout", END_SECONDS), **more)
+        if not done.ok:
+            raise EngineBroken(f"{self.engine.name} cannot {what}", "inv doctor says more.", done.said)
+        return done
+
+    def failed_to_start(self, part: str, done: process.Completed) -> Exception:
+        """Return what it means that the engine could not start a part."""
+        if TAKEN.search(done.said):
+            where = f"{self.stack.address}:{self.stack.port}"
+            return PortTaken(f"{where} is taken", "Free it, or set stack.port to another.", done.said)
+        if "no space left" in done.said.lower():
+            return PartDown(f"{part} cannot be started: the disk is full", "Make room; inv doctor says where.", done.said)
+        return EngineBroken(f"{self.engine.name} cannot start {part}", "inv doctor says more.", done.said)
+
+
+@dataclass(frozen=True)
+class Pods(Runner):
+    """podman: a pod for each part, in a network in which they find each other by name, as in a cluster."""
+
+    def container(self, part: str) -> str:
+        return self._pod(part).container
+
+    def _pod(self, part: str) -> Pod:
+        return pod(self.manifests, self.stack, part)
+
+    @cached_property
+    def _env(self) -> dict[str, str]:
+        named = os.environ.get("CONTAINERS_CONF")
+        own = Path("~/.config/containers/containers.conf").expanduser()
+        others: dict[str, Any] = {}
+        for path in [Path(named)] if named else [*map(Path, CONFIGURATIONS), own]:
+            if path.exists():
+                for table, values in tomllib.loads(path.read_text()).items():
+                    others.setdefault(table, {}).update(values)
+        text, variable = self.engine.containers_conf(others)
+        path = self.home / "containers.conf"
+        path.write_text(text)
+        return {variable: str(path)}
+
+    def start(self, part: str) -> None:
+        played, network = self._pod(part), self.stack.name
+        self.end(part)
+        if not self.engine.ask(self.engine.argv("network", "inspect", network), timeout=30).ok:
+            self.do(self.engine.argv("network", "create", network), "make a network")
+        there = self.volumes()
+        # One that is there already is refused by podman 4.3.
+        claims = [claim(volume) for volume in played.volumes if volume not in there]
+        text = "\n---\n".join([*claims, played.text()])
+        done = process.run(
+            self.engine.play(network), stdin=text.encode(), timeout=START_SECONDS, env={**self.engine.env, **self._env}
+        )
+        if not done.ok:
+            self.end(part)
+            raise self.failed_to_start(part, done)
+
+    def end(self, part: str) -> None:
+        played = self._pod(part)
+        if self.engine.ask(self.engine.argv("pod", "inspect", played.name), timeout=30).ok:
+            for argv in self.engine.remove_pod(played.name):
+                self.engine.ask(argv, timeout=END_SECONDS)
+        for volume in played.scratch:
+            self.engine.ask(self.engine.argv("volume", "rm", volume), timeout=30)
+
+    def end_all(self) -> None:
+        for part in reversed(self.stack.parts):
+            self.end(part)
+        self.engine.ask(self.engine.argv("network", "rm", self.stack.name), timeout=30)
+
+    def volumes(self) -> list[str]:
+        done = self.do(self.engine.argv("volume", "ls", "--format", "{{.Name}}"), "list its volumes")
+        ours = {volume for part in self.stack.parts for volume in self._pod(part).volumes}
+        return sorted(ours & set(done.stdout.split()))
+
+
+@dataclass(frozen=True)
+class Compose(Runner):
+    """docker: the services of ``deploy/compose.yaml``."""
+
+    def container(self, part: str) -> str:
+        return self.stack.renamed(self._service(part))
+
+    def _service(self, part: str) -> str:
+        return "opencode" if part == "opencode" else f"opencode-{part}"
+
+    def _ask(self, *words: str) -> process.Completed:
+        images = {"opencode": "OPENCODE", "backup": "OPENCODE_BACKUP", "falkordb": "FALKORDB", "valkey": "VALKEY",
+                  "datadog": "DATADOG"}  # fmt: skip
+        env = {f"{images[part]}_IMAGE": image for part, image in self.stack.images.items()}
+        env |= {"OPENCODE_STACK": self.stack.name, "OPENCODE_HOME": str(self.home)}
+        env |= {"OPENCODE_ADDRESS": self.stack.address, "OPENCODE_PORT": str(self.stack.port)}
+        if self.stack.agent:
+            env |= {"OPENCODE_AGENT_HOST": "opencode-datadog", "COMPOSE_PROFILES": "datadog"}
+            env |= self.stack.secrets["opencode-datadog"]
+        argv = self.engine.compose(COMPOSE, self.stack.name, self.home / SERVER, *words)
+        return self.engine.ask(argv, timeout=START_SECONDS + END_SECONDS, env=env)
+
+    def start(self, part: str) -> None:
+        done = self._ask("up", "--detach", "--no-deps", "--force-recreate", self._service(part))
+        if not done.ok:
+            raise self.failed_to_start(part, done)
+
+    def end(self, part: str) -> None:
+        self._ask("rm", "--stop", "--force", self._service(part))
+
+    def end_all(self) -> None:
+        done = self._ask("down", "--timeout", "30")
+        if not done.ok:
+            raise EngineBroken("Compose cannot end the stack", "See what it said.", done.said)
+
+    def volumes(self) -> list[str]:
+        words = ["volume", "ls", "--quiet", "--filter", f"label=com.docker.compose.project={self.stack.name}"]
+        return sorted(self.do(self.engine.argv(*words), "list its volumes").stdout.split())
+
+
+def of(engine: Engine, manifests: Manifests, stack: Stack, home: Path) -> Runner:
+    """Return what runs the stack on this engine."""
+    return (Pods if engine.podman else Compose)(engine, manifests, stack, home)

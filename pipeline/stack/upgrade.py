@@ -1,0 +1,113 @@
+"""``upgrade``: to a newer image, with a backup before, and back to the image and the data that were there if need be.
+
+What is on disk while it runs, ``upgrade.json``, is enough to undo it: the image before and the backup's ID. It is
+written before the first change and removed after the last, so that one that was killed is undone by the next.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.engine import Engine
+from pipeline.errors import NoStack, PipelineError, UpgradeRolledBack, UpgradeStopped
+from pipeline.records import write_json
+from pipeline.release import find, short
+from pipeline.report import ok, say, warn
+from pipeline.settings import Settings
+from pipeline.stack import life, runner
+from pipeline.stack.runner import Runner
+
+BACKUP = "/app/scripts/backup"
+BACKUP_SECONDS = 4 * 3600
+SERVERS_OWN = "opencode,files"
+"""What a newer server may have changed for good: its database and files. The databases run on as they were."""
+
+
+def pending(home: Path) -> dict[str, Any] | None:
+    """Return what an upgrade that did not end has written down, or None."""
+    try:
+        return dict(json.loads((home / "upgrade.json").read_text()))
+    except (OSError, ValueError):
+        return None
+
+
+def upgrade(settings: Settings, engine: Engine, to: str = "latest", *, dry_run: bool = False) -> None:
+    """Move the stack to the image ``to``.
+
+    Raises NoStack, NoSuchRelease, UpgradeStopped when nothing was changed, UpgradeRolledBack when all was put back.
+    """
+    newer = find(settings, engine, to)
+    before = engine.image(engine.local(life.image_tag(settings)))
+    run = life.of(settings, engine)
+    if before is None or not run.state("opencode").there:
+        raise NoStack("there is no stack to upgrade", "inv up starts one, from the newest released image.")
+    left = pending(run.home)
+    if left is None and newer["Id"] == before["Id"] and run.state("opencode").image == before["Id"]:
+        ok(f"the stack runs {short(before)} already")
+        return
+    if dry_run:
+        say(f"upgrade: would back up, and move from {short(before)} to {short(newer)}")
+        return
+    with life.alone(settings) as home:
+        if left is not None:
+            warn(f"an upgrade from {left['from'][:12]} was interrupted; undoing it first")
+            _undo(run, settings, left)
+            if newer["Id"].removeprefix("sha256:") == left["from"].removeprefix("sha256:"):
+                return
+            before = engine.image(left["from"]) or before
+        _move(run, settings, before, newer, home)
+
+
+def _move(run: Runner, settings: Settings, before: dict[str, Any], newer: dict[str, Any], home: Path) -> None:
+    saved = _back_up(run)
+    ok(f"backup {saved}")
+    note = {"from": before["Id"], "to": newer["Id"], "backup": saved}
+    write_json(home / "upgrade.json", note)
+    try:
+        run.engine.tag(newer["Id"], life.image_tag(settings))
+        for part in ("opencode", "backup"):
+            # The new server first; the old backup stays until it is well, since it can put the data back.
+            run.start(part)
+            life.wait(run, settings, part)
+            ok(f"{part:9} runs {short(newer)}")
+    except PipelineError as error:
+        warn(f"{error.what}\ngoing back to {short(before)}")
+        _undo(run, settings, note)
+        raise UpgradeRolledBack(
+            f"{short(newer)} did not come up: {error.what}",
+            f"The stack runs {short(before)} with the data of backup {saved}. Its log is above.", error.details,
+        ) from None  # fmt: skip
+    (home / "upgrade.json").unlink()
+    ok(f"upgraded from {short(before)} to {short(newer)}; back: inv upgrade --to {short(before)}")
+
+
+def _back_up(run: Runner) -> str:
+    """Make a backup, and return its ID. Raises UpgradeStopped."""
+    if not run.state("backup").running:
+        raise UpgradeStopped("there is no backup role to make a backup", "inv up starts it; nothing was changed.")
+    done = run.exec("backup", BACKUP, "run", "--create", "--json", timeout=BACKUP_SECONDS, user=runner.JOB_USER)
+    if not done.ok:
+        raise UpgradeStopped("the backup before it failed", "Nothing was changed; mend that first.", done.said)
+    return str(json.loads(done.stdout)["id"])
+
+
+def _undo(run: Runner, settings: Settings, note: dict[str, Any]) -> None:
+    """Put image and data back. Raises UpgradeStopped, and leaves the note for another try."""
+    try:
+        run.engine.tag(note["from"], life.image_tag(settings))
+        run.end("opencode")
+        if run.state("backup").image != note["from"]:
+            run.start("backup")
+            life.wait(run, settings, "backup")
+        words = ("restore", note["backup"], "--only", SERVERS_OWN, "--replace")
+        done = run.exec("backup", BACKUP, *words, timeout=BACKUP_SECONDS, user=runner.JOB_USER)
+        if not done.ok:
+            raise UpgradeStopped(f"backup {note['backup']} could not be restored", "", done.said)  # noqa: TRY301
+        run.start("opencode")
+        life.wait(run, settings, "opencode")
+    except PipelineError as error:
+        remedy = f"The data is in backup {note['backup']}: docs/operations.md. Then inv upgrade again."
+        raise UpgradeStopped(f"going back failed: {error.what}", remedy, error.details) from None
+    (run.home / "upgrade.json").unlink(missing_ok=True)
