@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from invoke.tasks import task
 
-from pipeline.cli import ENGINE
+from pipeline.cli import ENGINE, engine_of
 from pipeline.cli import settings_of as _settings
 from releases import bump, history, nightly, promote, prune, pull, push, report, rollback, schedule
 from stacks import down, logs, shell, status, up, upgrade
@@ -69,7 +69,7 @@ def fetch(
         if not dry_run:
             authorities.stage(settings.ca)
         try:
-            found = engines.find(settings.engine, settings.platform)
+            found = engines.of(settings)
         except (NoEngine, EngineBroken):
             say("base: waits for an engine; inv setup installs one")
         else:
@@ -80,10 +80,9 @@ def fetch(
 def base(context: Context, engine: str = "", dry_run: bool = False) -> None:
     """Pull node:20-slim by its digest, or make it from packages where no registry answers."""
     from pipeline import base as images
-    from pipeline import engine as engines
 
-    with _settings(context, engine) as settings:
-        images.ensure(engines.find(settings.engine, settings.platform), settings, dry_run=dry_run)
+    with engine_of(context, engine) as (settings, found):
+        images.ensure(found, settings, dry_run=dry_run)
 
 
 @task(
@@ -95,11 +94,10 @@ def base(context: Context, engine: str = "", dry_run: bool = False) -> None:
 )
 def build(context: Context, engine: str = "", ca: str = "", no_cache: bool = False, dry_run: bool = False) -> None:
     """Build the Containerfile into opencode-server:candidate."""
-    from pipeline import engine as engines
     from pipeline import image
 
-    with _settings(context, engine, ca) as settings:
-        image.build(settings, engines.find(settings.engine, settings.platform), cache=not no_cache, dry_run=dry_run)
+    with engine_of(context, engine, ca) as (settings, found):
+        image.build(settings, found, cache=not no_cache, dry_run=dry_run)
 
 
 @task(
@@ -121,17 +119,16 @@ def smoke(
         if url:
             smoking.smoke_url(settings, url)
         else:
-            smoking.smoke(settings, engines.find(settings.engine), image, deep=deep, dry_run=dry_run)
+            smoking.smoke(settings, engines.of(settings), image, deep=deep, dry_run=dry_run)
 
 
 @task(help={"image": "another than the candidate", "sbom": "also SPDX, which takes 17 s", "engine": ENGINE["engine"]})
 def contents(context: Context, image: str = "", sbom: bool = True, engine: str = "") -> None:
     """Say what is inside an image, and what is known against it: packages, SPDX, advisories."""
     from pipeline import contents as inside
-    from pipeline import engine as engines
 
-    with _settings(context, engine) as settings:
-        inside.contents(settings, engines.find(settings.engine), image, sbom=sbom)
+    with engine_of(context, engine) as (settings, found):
+        inside.contents(settings, found, image, sbom=sbom)
 
 
 @task(
@@ -146,10 +143,9 @@ def contents(context: Context, image: str = "", sbom: bool = True, engine: str =
 def diff(context: Context, before: str, after: str, files: bool = False, same: bool = False, engine: str = "") -> None:
     """Say on one screen what changed between two images: versions, sizes, files, settings."""
     from pipeline import diff as differences
-    from pipeline import engine as engines
 
-    with _settings(context, engine) as settings:
-        differences.diff(settings, engines.find(settings.engine), before, after, files=files, same=same)
+    with engine_of(context, engine) as (settings, found):
+        differences.diff(settings, found, before, after, files=files, same=same)
 
 
 @task
@@ -185,10 +181,9 @@ def doctor(context: Context, engine: str = "") -> None:
 def bench(context: Context, only: str = "", engine: str = "", dry_run: bool = False) -> None:
     """Measure against the naive way, side by side, and write the ratios to build/bench.json."""
     from bench import measure
-    from pipeline import engine as engines
 
-    with _settings(context, engine) as settings:
-        measure.bench(settings, engines.find(settings.engine), only=only, dry_run=dry_run)
+    with engine_of(context, engine) as (settings, found):
+        measure.bench(settings, found, only=only, dry_run=dry_run)
 
 
 @task(help={"count": "how many keys, rows and pairs of nodes"})

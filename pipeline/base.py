@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline import ca, process
@@ -73,13 +73,17 @@ class Lock:
 
 @dataclass(frozen=True)
 class Base:
-    """A base image that is here: what to put after FROM, its ID, and its digest in a registry (empty if made)."""
+    """A base image that is here: what to put after FROM, its ID, and its digest in a registry (empty if made).
+
+    ``names`` are all that the engine knows it by.
+    """
 
     reference: str
     image_id: str
     name: str
     digest: str
     made: bool
+    names: tuple[str, ...] = field(default=(), compare=False)
 
 
 def architecture(name: str = "") -> str:
@@ -117,7 +121,8 @@ def here(engine: Engine, settings: Settings) -> Base | None:
         if image:
             identity = image["Id"].removeprefix("sha256:")
             name = f"{lock.image}:{lock.tag}"
-            return Base(engine.local(tag_of(lock, made=made)), identity, name, "" if made else lock.digest, made)
+            names = tuple(image.get("RepoTags") or ())
+            return Base(engine.local(tag_of(lock, made=made)), identity, name, "" if made else lock.digest, made, names)
     return None
 
 
@@ -148,18 +153,35 @@ def ensure(engine: Engine, settings: Settings, *, dry_run: bool = False) -> Base
     found = here(engine, settings)
     if found or dry_run:
         say(f"base: {found.reference} is here" if found else "base: would be pulled, or made where no registry answers")
+        if found and found.made and not dry_run:
+            _name(engine, found)
         return found
     with FileLock(cache_directory() / "base.lock"):
         found = here(engine, settings)
+        if found is None:
+            why = [] if settings.base.make == "always" else _pull(engine, settings)
+            if why and settings.base.make == "never":
+                raise BaseUnavailable("; ".join(why), "Name a mirror in base.mirrors, or set base.make to auto.")
+            if why is not None:
+                _make(engine, settings, why)
+            found = here(engine, settings)
         if found:
-            return found
-        why = [] if settings.base.make == "always" else _pull(engine, settings)
-        if why is None:
-            return here(engine, settings)
-        if settings.base.make == "never":
-            raise BaseUnavailable("; ".join(why), "Name a mirror in base.mirrors, or set base.make to auto.")
-        _make(engine, settings, why)
-    return here(engine, settings)
+            _name(engine, found)
+    return found
+
+
+def _name(engine: Engine, found: Base) -> None:
+    """Have a plain build's FROM node:20-slim mean ``found``, not an older base that was made here.
+
+    A name that somebody gave to another image stays; and a pulled base takes only the place of a made one, since a
+    plain build pulls for itself.
+    """
+    if architecture(engine.platform) != architecture() or engine.local(found.name) in found.names:
+        return
+    named = engine.image(found.name)
+    ours = MADE in (named["Config"].get("Labels") or {}) if named else found.made
+    if ours:
+        engine.tag(found.reference, found.name)
 
 
 def _pull(engine: Engine, settings: Settings) -> list[str] | None:
@@ -202,12 +224,6 @@ def _make(engine: Engine, settings: Settings, why: list[str]) -> None:
     _raise_if_full(done)
     if not done.ok:
         raise BaseUnavailable(f"{engine.name} cannot import the base made here", "See what it said.", done.said)
-    # A plain `podman build .` or `docker build .` says FROM node:20-slim. Where that cannot be pulled it is this one,
-    # and no longer one that was made here before it.
-    named = engine.image(f"{lock.image}:{lock.tag}")
-    ours = not named or MADE in (named["Config"].get("Labels") or {})
-    if ours and architecture(lock.platform) == architecture():
-        engine.tag(engine.local(tag), f"{lock.image}:{lock.tag}")
     warn(
         f"base: made here, not Docker's own {lock.image}:{lock.tag}; the label {MADE} says so.\n"
         f"Other projects' FROM {lock.image}:{lock.tag} gets it too, until: {engine.name} rmi {lock.image}:{lock.tag}"

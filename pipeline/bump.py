@@ -229,7 +229,7 @@ class _Work:
         if old and old[1] == version:
             return ""
         try:
-            engine = engines.find(self.settings.engine)
+            engine = engines.of(self.settings)
         except (NoEngine, EngineBroken) as error:
             return error.what
         found = base.here(engine, self.settings)

@@ -28,9 +28,9 @@ def settings_of(context: Context, engine: str = "", ca: str = "") -> Iterator[Se
 
 
 @contextlib.contextmanager
-def engine_of(context: Context, engine: str = "") -> Iterator[tuple[Settings, Engine]]:
+def engine_of(context: Context, engine: str = "", ca: str = "") -> Iterator[tuple[Settings, Engine]]:
     """Yield the settings of a task and the engine that answers. Raises NoEngine, EngineBroken."""
     from pipeline import engine as engines
 
-    with settings_of(context, engine) as settings:
-        yield settings, engines.find(settings.engine)
+    with settings_of(context, engine, ca) as settings:
+        yield settings, engines.of(settings)

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from pipeline import process
 from pipeline.errors import ComposeMissing, DiskFull, EngineBroken, NoEngine
 from pipeline.records import read_json, write_json
-from pipeline.settings import BUILD
+from pipeline.settings import BUILD, Settings
 
 Name = Literal["podman", "docker"]
 
@@ -305,6 +305,14 @@ def find(setting: str = "auto", platform: str = "") -> Engine:
     raise NoEngine(
         "; ".join(why), "Install one with: inv setup. If docker is installed, its daemon may need to be started."
     )
+
+
+def of(settings: Settings) -> Engine:
+    """Return the engine of the settings, for their platform: a task that left that out would ask of another base.
+
+    Raises NoEngine, EngineBroken.
+    """
+    return find(settings.engine, settings.platform)
 
 
 def look(name: Name) -> tuple[Engine | None, list[str]]:

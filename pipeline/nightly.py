@@ -66,7 +66,7 @@ class Night:
     def run(self, *, dry_run: bool) -> Outcome:
         """Go through the steps; raises what they raise."""
         with self.at("engine"):
-            self.engine = engine = engines.find(self.settings.engine)
+            self.engine = engine = engines.of(self.settings)
             if not dry_run and release.finish(engine):
                 say("nightly: a release that was cut short is complete now")
         with self.at("copy"):

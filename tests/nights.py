@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,9 @@ class World:
         self.pin(root, self.upstream)
         return Bumped([Move("openagents.json", "OpenAgents", old, self.upstream)], self.kept)
 
+    def here(self, engine: engines.Engine, _settings: Settings) -> base.Base:
+        return base.Base(f"base:{engine.platform or 1}", "1", "node", "", made=False)
+
     def inv(self, night: Night, *words: str) -> None:
         self.asked.append(words[0])
         if failure := self.broken.get(words[0]):
@@ -89,7 +92,7 @@ class World:
                 if openagents.read(night.tree / "vendor").commit != commit:  # type: ignore[union-attr]
                     self.fetch(night.tree, commit)
             case "build":
-                runtime = runtime_tag(night.tree, "base:1")
+                runtime = runtime_tag(night.tree, f"base:{night.settings.platform or 1}")
                 layers = ["base", runtime, commit]
                 if "--no-cache" in words or not self.engine.image(runtime):
                     self.engine.add(runtime, runtime, kind="", created=now(), layers=layers[:2])
@@ -110,9 +113,9 @@ class World:
                 patch.setattr(module, "ROOT", self.root)
                 patch.setattr(module, "BUILD", self.root / "build")
             patch.setattr(history, "FILE", self.root / "build/history.jsonl")
-            patch.setattr(engines, "find", lambda _: self.engine)
+            patch.setattr(engines, "find", lambda _, platform: replace(self.engine, platform=platform))
             patch.setattr(bump, "bump", self.bump)
-            patch.setattr(base, "here", lambda *_: base.Base("base:1", "1", "node", "", made=False))
+            patch.setattr(base, "here", self.here)
             patch.setattr(os, "sync", lambda: None)  # of all disks of this machine, it would be most of the time
             patch.setattr(Night, "inv", lambda night, *words: self.inv(night, *words))  # noqa: PLW0108 -- unbound
             yield

@@ -97,7 +97,7 @@ def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uv: Path) -> Iterat
                 raise ConnectionError
             return state.digest
 
-        def no_engine(_: str) -> None:
+        def no_engine(*_: str) -> None:
             raise NoEngine("none", "none")
 
         monkeypatch.setattr(registry, "digest_of", digest)

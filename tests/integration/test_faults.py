@@ -91,6 +91,12 @@ def test_an_edit_of_ours_is_built_too(world: World) -> None:
     assert world.night() == "unchanged"
 
 
+def test_a_night_for_another_platform_compares_with_the_base_of_that_platform(tmp_path: Path) -> None:
+    world = World(tmp_path, settings=Settings(platform="linux/arm64"))
+    world.make()
+    assert [world.night() for _ in range(2)] == ["released", "unchanged"]
+
+
 def test_debian_is_asked_once_a_week(world: World) -> None:
     world.upstream = OLD
     for created in ("2020-01-01T00:00:00Z", "2090-01-01T00:00:00.123456789Z"):  # the clock may be set back, too

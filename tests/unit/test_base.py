@@ -309,7 +309,7 @@ class Registry:
 
     def __init__(self, *reachable: str, full: bool = False) -> None:
         self.reachable, self.full = reachable, full
-        self.here: set[str] = set()
+        self.here: dict[str, str] = {}
 
     def __call__(self, argv: list[str]) -> tuple[int, str]:
         match argv[1:]:
@@ -319,11 +319,15 @@ class Registry:
             case ["import", *_, tag]:
                 if self.full:
                     return 1, "write: No space left on device"
-                self.here.add(tag)
-            case ["tag", _, tag]:
-                self.here.add(tag)
+                self.here[tag] = f"sha256:{tag}"
+            case ["tag", source, tag]:
+                self.here[tag] = self.here.get(source, "sha256:abc")
             case ["image", "inspect", name]:
-                return (0, json.dumps([{"Id": "sha256:abc"}])) if name in self.here else (1, "no such image")
+                identity = self.here.get(name)
+                names = [each for each in self.here if self.here[each] == identity]
+                labels = {base.MADE: "made"} if "made-" in (identity or "") else {}
+                said = {"Id": identity, "RepoTags": names, "Config": {"Labels": labels}}
+                return (0, json.dumps([said])) if identity else (1, "no such image")
         return 0, ""
 
 
@@ -376,6 +380,47 @@ def test_where_no_registry_answers_it_is_made_and_says_so(
     assert "node: no such host" in out
     assert "made here, not Docker's own node:20-slim" in out
     assert "!!    Other projects' FROM node:20-slim gets it too, until: docker rmi node:20-slim" in out
+
+
+def test_a_made_base_that_is_found_has_the_name_that_a_plain_build_asks_for(
+    registry: Callable[..., Calls], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = registry()
+    old = base.ensure(ENGINE, settings())
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "RECIPE", "other")
+        new = base.ensure(ENGINE, settings())
+    assert old
+    assert new
+    assert isinstance(calls.react, Registry)
+    kept = calls.react.here
+    assert kept["node:20-slim"] == kept[new.reference] != kept[old.reference]
+    assert base.ensure(ENGINE, settings(), dry_run=True) == old
+    assert kept["node:20-slim"] == kept[new.reference]
+    assert base.ensure(ENGINE, settings()) == old
+    assert kept["node:20-slim"] == kept[old.reference], "an older lock is back, and so is its base"
+    looked = len(calls.argvs)
+    assert base.ensure(ENGINE, settings()) == old
+    assert len(calls.argvs) == looked + 2, "neither pulled nor made: two looks, as a build always took, and no more"
+    for identity in ("sha256:somebody's", "sha256:Docker's own"):
+        kept["node:20-slim"] = identity
+        base.ensure(ENGINE, settings())
+        assert kept["node:20-slim"] == identity
+    base.ensure(replace(ENGINE, platform="linux/arm64"), settings())
+    assert kept["node:20-slim"] == "sha256:Docker's own"
+
+
+def test_a_pulled_base_takes_the_name_of_a_made_one_only(registry: Callable[..., Calls]) -> None:
+    calls = registry()
+    assert isinstance(calls.react, Registry)
+    base.ensure(ENGINE, settings())
+    calls.react.reachable = ("node",)
+    base.ensure(ENGINE, settings("never"))
+    assert calls.react.here["node:20-slim"] == "sha256:abc"
+    calls = registry("node")
+    assert isinstance(calls.react, Registry)
+    base.ensure(ENGINE, settings())
+    assert "node:20-slim" not in calls.react.here
 
 
 def test_a_registry_that_hangs_is_passed_over(registry: Callable[..., Calls]) -> None:
