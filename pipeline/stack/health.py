@@ -135,7 +135,9 @@ def status(settings: Settings, engine: Engine, *, as_json: bool = False) -> None
     if not any(state.there for state in health.states.values()):
         raise NoStack(f"the stack {settings.stack.name} is not up", "inv up starts it.")
     if (pending := upgrade.pending(run.home)) is not None:
-        health.wrong.append(f"an upgrade from {pending['from'][:12]} was interrupted: inv upgrade undoes or finishes it")
+        health.wrong.append(
+            f"an upgrade from {pending['from'][:12]} was interrupted: inv upgrade undoes or finishes it"
+        )
     if not as_json:
         _print(run, settings, health)
     if health.wrong:

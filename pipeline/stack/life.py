@@ -16,7 +16,14 @@ from pipeline import process
 from pipeline.container import Server, wait_ready
 from pipeline.engine import Engine
 from pipeline.errors import (
-    DatabaseImageMissing, EngineBroken, NoStack, NoSuchRelease, PartDown, PortTaken, ServerSilent, StackBusy,
+    DatabaseImageMissing,
+    EngineBroken,
+    NoStack,
+    NoSuchRelease,
+    PartDown,
+    PortTaken,
+    ServerSilent,
+    StackBusy,
     VolumesKept,
 )  # fmt: skip
 from pipeline.report import ok, say, warn
@@ -184,7 +191,8 @@ def wait(run: Runner, settings: Settings, part: str) -> None:
 def _check_alive(run: Runner, part: str) -> None:
     state = run.state(part)
     if not state.running or state.restarts:
-        raise down(run, part, f"it ended with exit code {state.code}" if not state.running else "it ends again and again")
+        ended = f"it ended with exit code {state.code}" if not state.running else "it ends again and again"
+        raise down(run, part, ended)
 
 
 def down(run: Runner, part: str, what: str) -> PartDown:
@@ -201,7 +209,7 @@ def down(run: Runner, part: str, what: str) -> PartDown:
 def _connect(run: Runner, settings: Settings, home: Path) -> None:
     url = server(run, settings).url
     say(f"The server is at {url}, for user opencode with the password in {home / secrets.SERVER}:")
-    say(f"  . {home / secrets.SERVER}; OPENCODE_SERVER_PASSWORD=$OPENCODE_SERVER_PASSWORD opencode attach {url}")
+    say(f"  (. {home / secrets.SERVER}; export OPENCODE_SERVER_PASSWORD; opencode attach {url})")
 
 
 def _say_if_newer(settings: Settings, engine: Engine) -> None:
@@ -219,15 +227,15 @@ def end(settings: Settings, engine: Engine, *, volumes: bool = False, yes: bool 
             f"the volumes of {settings.stack.name} hold all its sessions, work, memory and local backups: {there}",
             "inv down --volumes --yes removes them for good; the secrets stay either way.",
         )
-    there = [part for part in run.stack.parts if run.state(part).there]
+    up_now = ", ".join(part for part in run.stack.parts if run.state(part).there)
     if dry_run:
-        say(f"down: would end {', '.join(there) or 'nothing'}")
+        say(f"down: would end {up_now or 'nothing'}")
         if volumes:
             say(f"down: would remove {', '.join(run.volumes()) or 'no volume'}")
         return
     with alone(settings):
         run.end_all()
-        ok(f"ended: {', '.join(there) or 'nothing was up'}")
+        ok(f"ended: {up_now or 'nothing was up'}")
         if volumes:
             gone = run.volumes()
             run.remove_volumes()
@@ -247,7 +255,7 @@ def part_of(run: Runner, part: str, *, running: bool = True) -> str:
 
 
 def logs(settings: Settings, engine: Engine, part: str = "", *, follow: bool = False, lines: int = 50) -> None:
-    """Print the last lines of a part's log, or of all parts'; ``follow`` one for as long as it writes. Raises NoStack."""
+    """Print the last lines of a part's log, or of all parts'; ``follow`` one as long as it writes. Raises NoStack."""
     run = of(settings, engine)
     words = ["logs", "--tail", str(lines)]
     if follow:

@@ -1,8 +1,8 @@
 """``deploy/kubernetes`` as one machine can play it: each workload of it as a pod.
 
 podman plays pods, not StatefulSets and CronJobs, and of what a pod may refer to it knows less than a cluster (4.3 reads
-no key of a Secret that it was given itself, and no ``status.hostIP``). So references are replaced by what they refer to;
-everything else is handed on as it is written there.
+no key of a Secret that it was given itself, and no ``status.hostIP``). So references are replaced by what they refer
+to; everything else is handed on as it is written there.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Manifests:
 
     def workload(self, part: str) -> Document:
         """Return the StatefulSet, Deployment or CronJob that has this part's container."""
-        return next(document for document in self.documents if part in (each["name"] for each in _containers(document)))
+        return next(each for each in self.documents if part in [container["name"] for container in _containers(each)])
 
     def image(self, part: str) -> str:
         """Return the image that is written there for a part."""
@@ -66,7 +66,7 @@ class Manifests:
 
 @dataclass(frozen=True)
 class Stack:
-    """What one machine's stack differs by: its name, where it listens, its images, and its secrets by Secret and key."""
+    """What one machine's stack differs by: its name, where it listens, its images, its secrets by Secret and key."""
 
     name: str
     address: str
@@ -87,7 +87,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod that podman can play: ``volumes`` are those that last, ``scratch`` those that do not; by the engine's name."""
+    """A pod that podman can play: ``volumes`` are those that last, ``scratch`` those that do not, by their names."""
 
     part: str
     name: str
@@ -190,7 +190,7 @@ def _scheduled(workload: Document, spec: Document, container: Document) -> dict[
 
 
 def _name_volumes(spec: Document, container: Document, stack: Stack, pod: str) -> tuple[str, ...]:
-    """Give each volume a name of this pod's: podman 4.3 makes a volume of each emptyDir, called as it is called here."""
+    """Give each volume a name of this pod's: podman 4.3 makes a volume of each emptyDir, called as it is here."""
     scratch, names = [], {}
     for volume in spec["volumes"]:
         if "persistentVolumeClaim" in volume:

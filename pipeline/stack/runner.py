@@ -54,7 +54,7 @@ class Runner:
         raise NotImplementedError
 
     def start(self, part: str) -> None:
-        """Start a part anew, in place of what is there of it; volumes stay. Raises PortTaken, PartDown, EngineBroken."""
+        """Start a part anew in place of what is there; volumes stay. Raises PortTaken, PartDown, EngineBroken."""
         raise NotImplementedError
 
     def end(self, part: str) -> None:
@@ -86,7 +86,10 @@ class Runner:
         said = json.loads(done.stdout)[0]
         now = said["State"]
         restarts, oom = int(said.get("RestartCount") or 0), bool(now.get("OOMKilled"))
-        return State(True, now["Running"], now["ExitCode"], restarts, oom, said["Image"], now["StartedAt"])
+        return State(
+            there=True, running=now["Running"], code=now["ExitCode"], restarts=restarts, oom=oom, image=said["Image"],
+            since=now["StartedAt"],
+        )  # fmt: skip
 
     def exec(
         self, part: str, *command: str, timeout: float = 30, user: str = "", detach: bool = False
@@ -115,7 +118,9 @@ class Runner:
             where = f"{self.stack.address}:{self.stack.port}"
             return PortTaken(f"{where} is taken", "Free it, or set stack.port to another.", done.said)
         if "no space left" in done.said.lower():
-            return PartDown(f"{part} cannot be started: the disk is full", "Make room; inv doctor says where.", done.said)
+            return PartDown(
+                f"{part} cannot be started: the disk is full", "Make room; inv doctor says where.", done.said
+            )
         return EngineBroken(f"{self.engine.name} cannot start {part}", "inv doctor says more.", done.said)
 
 
@@ -124,6 +129,7 @@ class Pods(Runner):
     """podman: a pod for each part, in a network in which they find each other by name, as in a cluster."""
 
     def container(self, part: str) -> str:
+        """Return the pod's name with the container's, as podman makes it."""
         return self._pod(part).container
 
     def _pod(self, part: str) -> Pod:
@@ -144,6 +150,7 @@ class Pods(Runner):
         return {variable: str(path)}
 
     def start(self, part: str) -> None:
+        """Play its pod, and the claims of the volumes that are not there."""
         played, network = self._pod(part), self.stack.name
         self.end(part)
         if not self.engine.ask(self.engine.argv("network", "inspect", network), timeout=30).ok:
@@ -160,6 +167,7 @@ class Pods(Runner):
             raise self.failed_to_start(part, done)
 
     def end(self, part: str) -> None:
+        """End its pod, and remove what does not last."""
         played = self._pod(part)
         if self.engine.ask(self.engine.argv("pod", "inspect", played.name), timeout=30).ok:
             for argv in self.engine.remove_pod(played.name):
@@ -168,11 +176,13 @@ class Pods(Runner):
             self.engine.ask(self.engine.argv("volume", "rm", volume), timeout=30)
 
     def end_all(self) -> None:
+        """End the pods, the first last, and remove their network."""
         for part in reversed(self.stack.parts):
             self.end(part)
         self.engine.ask(self.engine.argv("network", "rm", self.stack.name), timeout=30)
 
     def volumes(self) -> list[str]:
+        """Return the volumes of the pods' claims."""
         done = self.do(self.engine.argv("volume", "ls", "--format", "{{.Name}}"), "list its volumes")
         ours = {volume for part in self.stack.parts for volume in self._pod(part).volumes}
         return sorted(ours & set(done.stdout.split()))
@@ -183,6 +193,7 @@ class Compose(Runner):
     """docker: the services of ``deploy/compose.yaml``."""
 
     def container(self, part: str) -> str:
+        """Return the name that the file gives it."""
         return self.stack.renamed(self._service(part))
 
     def _service(self, part: str) -> str:
@@ -201,19 +212,23 @@ class Compose(Runner):
         return self.engine.ask(argv, timeout=START_SECONDS + END_SECONDS, env=env)
 
     def start(self, part: str) -> None:
+        """Create its service anew."""
         done = self._ask("up", "--detach", "--no-deps", "--force-recreate", self._service(part))
         if not done.ok:
             raise self.failed_to_start(part, done)
 
     def end(self, part: str) -> None:
+        """Stop its service and remove the container."""
         self._ask("rm", "--stop", "--force", self._service(part))
 
     def end_all(self) -> None:
+        """Have Compose end all services and remove their network."""
         done = self._ask("down", "--timeout", "30")
         if not done.ok:
             raise EngineBroken("Compose cannot end the stack", "See what it said.", done.said)
 
     def volumes(self) -> list[str]:
+        """Return the volumes that Compose has made for it."""
         words = ["volume", "ls", "--quiet", "--filter", f"label=com.docker.compose.project={self.stack.name}"]
         return sorted(self.do(self.engine.argv(*words), "list its volumes").stdout.split())
 

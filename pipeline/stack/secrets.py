@@ -16,12 +16,11 @@ SERVER, BACKUP, AGENT = "server.env", "backup.env", "datadog.env"
 
 BEGINNINGS = {
     SERVER: (
-        "# What the server is given: its password, the databases', and the models' keys (ANTHROPIC_API_KEY=… and so on).",
+        "# What the server is given: its password, the databases', and models' keys (ANTHROPIC_API_KEY=… and so on).",
         ("OPENCODE_SERVER_PASSWORD", "FALKORDB_PASSWORD", "VALKEY_PASSWORD"),
     ),
     BACKUP: (
-        "# What only the backup is given: BACKUP_REMOTE and RCLONE_CONFIG_* (docs/backup.md). Keep a copy of this file"
-        "\n# elsewhere: without BACKUP_PASSWORD no backup can be read.",
+        "# What only the backup is given: BACKUP_REMOTE, RCLONE_CONFIG_* (docs/backup.md). Keep a copy elsewhere.",
         ("BACKUP_PASSWORD",),
     ),
     AGENT: ("# What only the Datadog Agent is given. With a DD_API_KEY here, inv up starts one.", ()),

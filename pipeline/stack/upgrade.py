@@ -104,7 +104,7 @@ def _undo(run: Runner, settings: Settings, note: dict[str, Any]) -> None:
         words = ("restore", note["backup"], "--only", SERVERS_OWN, "--replace")
         done = run.exec("backup", BACKUP, *words, timeout=BACKUP_SECONDS, user=runner.JOB_USER)
         if not done.ok:
-            raise UpgradeStopped(f"backup {note['backup']} could not be restored", "", done.said)  # noqa: TRY301
+            raise UpgradeStopped(f"backup {note['backup']} could not be restored", "", done.said)
         run.start("opencode")
         life.wait(run, settings, "opencode")
     except PipelineError as error:

@@ -73,20 +73,21 @@ def serve(settings: Settings) -> None:
         raise CronEnded(f"cron ended with {cron.returncode} {said}", ROOM)
 
 
-def user_of(environ: Mapping[str, str]) -> dict[str, int]:
-    """Return who a backup runs as, UID:GID in BACKUP_USER, in Popen's words; we ourselves without. Raises NotConfigured.
+def user_of(environ: Mapping[str, str]) -> tuple[int | None, int | None]:
+    """Return who a backup runs as, UID:GID in BACKUP_USER; without it we ourselves, None. Raises NotConfigured.
 
     It should be the server's user: what is restored then belongs to it, and no capability is needed to read its files.
     """
     said = environ.get("BACKUP_USER", "")
     if not said:
-        return {}
+        return None, None
     if not re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}", said):
         raise NotConfigured(f"BACKUP_USER={said} is no UID:GID", "Write two numbers, as in 1000:1000.")
-    return dict(zip(("user", "group"), map(int, said.split(":")), strict=True))
+    user, group = map(int, said.split(":"))
+    return user, group
 
 
-def _obey(heard: SimpleQueue[int], cron: subprocess.Popen[bytes], user: dict[str, int]) -> bool:
+def _obey(heard: SimpleQueue[int], cron: subprocess.Popen[bytes], user: tuple[int | None, int | None]) -> bool:
     """Do what the signals say until one says to stop, or until cron has ended: then return False."""
     job: subprocess.Popen[bytes] | None = None
     try:
@@ -106,15 +107,21 @@ def _obey(heard: SimpleQueue[int], cron: subprocess.Popen[bytes], user: dict[str
 
 
 def _begin(
-    job: subprocess.Popen[bytes] | None, words: list[str], user: dict[str, int]
+    job: subprocess.Popen[bytes] | None, words: list[str], user: tuple[int | None, int | None]
 ) -> subprocess.Popen[bytes]:
     if job:
         say(f"cron: not doing {words[0]}: the one before is still running")
         return job
     say(f"cron: {words[0]}")
     # Both streams go to the container's log; so does a traceback, if there is one.
-    argv, groups = [sys.executable, "-IB", PROGRAM, *words], [] if user else None
-    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=sys.stdout, extra_groups=groups, **user)
+    return subprocess.Popen(
+        [sys.executable, "-IB", PROGRAM, *words],
+        stdin=subprocess.DEVNULL,
+        stderr=sys.stdout,
+        user=user[0],
+        group=user[1],
+        extra_groups=None if user[0] is None else [],
+    )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

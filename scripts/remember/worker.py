@@ -77,7 +77,7 @@ class Worker:
             for task in self._busy.values():
                 task.cancel()
             await asyncio.gather(*self._busy.values(), return_exceptions=True)
-            # Cancelled while Valkey's answer was under way, or before a task's first step: nobody else gives these back.
+            # Cancelled while Valkey's answer was under way, or before a task's first step: nobody else gives it back.
             for project in self._asked:
                 with contextlib.suppress(Exception):
                     await self.queue.release(project, self._token)

@@ -70,7 +70,7 @@ def test_a_real_cron_starts_a_real_night(tmp_path: Path) -> None:
     """At 03:17 by cron's own clock, which begins at seven seconds to."""
     root = tmp_path / "checkout"
     shutil.copytree(ROOT / "pipeline", root / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("tasks.py", "releases.py", "invoke.yaml"):
+    for name in ("tasks.py", "releases.py", "stacks.py", "invoke.yaml"):
         shutil.copy(ROOT / name, root / name)
     # What cron starts is ./inv; here one without a .venv, and the night is over where it looks for an engine.
     (root / "inv").write_text(f'#!/bin/sh\nexec {sys.executable} -P -m invoke --search-root {root} "$@"\n')
