@@ -54,7 +54,7 @@ def here(settings: Settings, engine: Engine, manifests: Manifests, part: str) ->
 
 
 def ensure(settings: Settings, engine: Engine, manifests: Manifests, part: str, tools: str) -> str:
-    """Return a part's image, after pulling or making it with ``tools``, an image of ours. Raises DatabaseImageMissing."""
+    """Return a part's image, pulled or made with ``tools``, an image of ours. Raises DatabaseImageMissing."""
     if found := here(settings, engine, manifests, part):
         return found
     image = wanted(settings, manifests, part)

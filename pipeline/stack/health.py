@@ -144,6 +144,13 @@ def status(settings: Settings, engine: Engine, *, as_json: bool = False) -> None
         raise StackUnwell("; ".join(health.wrong), "Each says what to do; docs/operations.md says more.")
 
 
+def _age(backup: dict[str, Any]) -> str:
+    ages = [part["age_seconds"] for part in (backup.get("parts") or {}).values()]
+    if ages:
+        return f"the oldest newest copy of a part is {max(ages) / 3600:.1f} hours old"
+    return str(backup.get("said", "is not up")).partition("\n")[0]
+
+
 def _print(run: Runner, settings: Settings, health: Health) -> None:
     rows = []
     for part, state in health.states.items():
@@ -157,7 +164,7 @@ def _print(run: Runner, settings: Settings, health: Health) -> None:
     for part, said in health.answers.items():
         if part != "backup":
             say(f"{part:9} {said['state']:8} {said['detail']}")
-    say(f"backup    {health.backup.get('said', 'is not up').splitlines()[0] if health.backup else 'is not up'}")
+    say(f"backup    {_age(health.backup)}")
     for sentence in health.wrong:
         fail(sentence)
     if not health.wrong:

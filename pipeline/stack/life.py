@@ -239,6 +239,7 @@ def end(settings: Settings, engine: Engine, *, volumes: bool = False, yes: bool 
         if volumes:
             gone = run.volumes()
             run.remove_volumes()
+            (run.home / "upgrade.json").unlink(missing_ok=True)  # there is nothing left to go back to
             ok(f"removed: {', '.join(gone) or 'no volume was there'}")
         elif kept := run.volumes():
             say(f"The volumes stay: {', '.join(kept)}")

@@ -135,6 +135,9 @@ def pod(manifests: Manifests, stack: Stack, part: str) -> Pod:
     if part == "opencode":
         for port in container["ports"]:
             port.update(hostPort=stack.port, hostIP=stack.address)
+    else:
+        # podman 4.3 publishes each containerPort on every address of the host. Within a network none is needed.
+        container.pop("ports", None)
     spec["restartPolicy"] = "Always"
     spec.pop("affinity", None)
     claims = [each["metadata"]["name"] for each in workload["spec"].get("volumeClaimTemplates", [])]

@@ -129,6 +129,9 @@ def copy_files(settings: Settings, target: Path) -> dict[str, Any]:
     names = []
     with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as archive:
         for root, directory in roots(settings).items():
+            # On a read-only root the configuration is the image's, and the next image brings its own.
+            if root == "config" and not os.access(directory, os.W_OK):
+                continue
             for path in sorted(_files(directory)):
                 name = f"{root}/{path.relative_to(directory)}"
                 with contextlib.suppress(FileNotFoundError):  # it was removed just now

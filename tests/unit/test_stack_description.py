@@ -81,9 +81,8 @@ def test_each_part_is_closed_and_bounded_in_the_cluster_and_as_podman_plays_it()
 
 def test_only_the_server_is_published_and_on_loopback() -> None:
     ports = {each.part: container(each).get("ports", []) for each in pods(Manifests.read(), RED)}
-    published = {part: port for part, those in ports.items() for port in those if "hostPort" in port}
-    assert list(published) == ["opencode"]
-    assert (published["opencode"]["hostIP"], published["opencode"]["hostPort"]) == ("127.0.0.1", 5000)
+    published = [(part, port["hostIP"], port["hostPort"]) for part, those in ports.items() for port in those]
+    assert published == [("opencode", "127.0.0.1", 5000)]
 
 
 def test_each_part_is_given_its_own_secrets_and_no_others() -> None:
