@@ -28,6 +28,9 @@ PORT = 4096
 STATE, WORK = "/root/.local/share/opencode", "/workspace"
 """The two volumes; nothing else that a server writes outlives it."""
 
+TAKEN = re.compile("address already in use|port is already allocated|proxy already running", re.IGNORECASE)
+"""How the engines say that a port is in use."""
+
 SECRET = "OPENCODE_SERVER_PASSWORD"  # noqa: S105 -- the variable's name
 
 
@@ -265,7 +268,7 @@ def _published(container: Container) -> int:
 
 def _start_failure(done: process.Completed, port: int, engine: Engine) -> Exception:
     said = done.said.lower()
-    if re.search(r"address already in use|port is already allocated|proxy already running", said):
+    if TAKEN.search(said):
         return PortTaken(
             f"port {port} on 127.0.0.1 is taken", "Free it, or set smoke.port to another, or to 0 for any.", done.said
         )

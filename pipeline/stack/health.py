@@ -58,12 +58,12 @@ def look(run: Runner) -> Health:
         running = [part for part, state in health.states.items() if state.running]
         answers = pool.submit(_answers, run) if "opencode" in running else None
         backup = pool.submit(_backup, run) if "backup" in running else None
-        memory = pool.submit(life.used, run)
+        memory = pool.submit(_memory, run, running)
         for volumes in pool.map(lambda part: _volumes(run, part), running):
             health.volumes += volumes
         health.answers = answers.result() if answers else {}
         health.backup = backup.result() if backup else {}
-        health.memory = {name: said["memory"] for name, said in memory.result().items()}
+        health.memory = memory.result()
     health.wrong = list(faults(health))
     return health
 
@@ -83,6 +83,16 @@ def _backup(run: Runner) -> dict[str, Any]:
         return {"code": done.code, "said": (done.stderr.strip() or done.stdout.strip()), **_json(done.stdout)}
     except subprocess.TimeoutExpired:
         return {"code": -1, "said": "backup status does not answer"}
+
+
+def _memory(run: Runner, running: list[str]) -> dict[str, str]:
+    """Return the memory that each running part uses, in the engine's words, by container."""
+    if not running:
+        return {}
+    names = map(run.container, running)
+    argv = run.engine.argv("stats", "--no-stream", "--format", "{{.Name}}\t{{.MemUsage}}", *names)
+    done = run.engine.ask(argv, timeout=60)
+    return dict(line.split("\t") for line in done.stdout.splitlines() if "\t" in line)
 
 
 def _json(text: str) -> dict[str, Any]:
@@ -134,7 +144,7 @@ def status(settings: Settings, engine: Engine, *, as_json: bool = False) -> None
         print(json.dumps(asdict(health)))
     if not any(state.there for state in health.states.values()):
         raise NoStack(f"the stack {settings.stack.name} is not up", "inv up starts it.")
-    if (pending := upgrade.pending(run.home)) is not None:
+    if pending := upgrade.pending(run.home):
         health.wrong.append(
             f"an upgrade from {pending['from'][:12]} was interrupted: inv upgrade undoes or finishes it"
         )

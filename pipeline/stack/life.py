@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -276,14 +275,3 @@ def shell(settings: Settings, engine: Engine, part: str = "opencode") -> None:
     done = process.run(engine.argv(*words), env=engine.env, terminal=True)
     if done.code in {125, 126, 127}:
         raise EngineBroken(f"{engine.name} cannot open a shell in {part}", "inv status says how it is.", done.said)
-
-
-def used(run: Runner) -> dict[str, dict[str, Any]]:
-    """Return memory of each part, in the engine's words, by container."""
-    names = [run.container(part) for part in run.stack.parts if run.state(part).running]
-    if not names:
-        return {}
-    argv = run.engine.argv("stats", "--no-stream", "--format", "{{.Name}}\t{{.MemUsage}}", *names)
-    done = run.engine.ask(argv, timeout=60)
-    pairs = (line.split("\t") for line in done.stdout.splitlines() if "\t" in line)
-    return {name: {"memory": memory} for name, memory in pairs}

@@ -21,8 +21,6 @@ Document = dict[str, Any]
 
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 FOLDERS = ("base", "datadog")
-SETTINGS = "opencode-settings"
-SECRETS = ("opencode-server", "opencode-backup", "opencode-datadog")
 
 PARTS = ("falkordb", "valkey", "opencode", "backup", "datadog")
 """In the order in which they are started; the names of their containers."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pipeline import process
+from pipeline.container import TAKEN
 from pipeline.engine import Engine
 from pipeline.errors import EngineBroken, PartDown, PortTaken
 from pipeline.settings import ROOT
@@ -22,14 +22,13 @@ from pipeline.stack.secrets import SERVER
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 CONFIGURATIONS = ("/usr/share/containers/containers.conf", "/etc/containers/containers.conf")
 START_SECONDS, END_SECONDS = 120, 120
-TAKEN = re.compile("address already in use|port is already allocated|proxy already running", re.IGNORECASE)
 JOB_USER = "1000:1000"
 """Who the parts run as; what the backup does by hand must be done as it too, so that the server can read the result."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What the engine says of a part's container; ``seconds`` since it was started are not asked for here."""
+    """What the engine says of a part's container."""
 
     there: bool = False
     running: bool = False
@@ -73,10 +72,6 @@ class Runner:
         """Remove them, and all that is in them. Raises EngineBroken."""
         for name in self.volumes():
             self.do(self.engine.argv("volume", "rm", name), f"remove the volume {name}")
-
-    def with_image(self, part: str, image: str) -> Runner:
-        """Return a runner that starts one part from another image."""
-        return replace(self, stack=replace(self.stack, images={**self.stack.images, part: image}))
 
     def state(self, part: str) -> State:
         """Ask the engine how a part is."""

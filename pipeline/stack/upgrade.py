@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.engine import Engine
 from pipeline.errors import NoStack, PipelineError, UpgradeRolledBack, UpgradeStopped
-from pipeline.records import write_json
+from pipeline.records import read_json, write_json
 from pipeline.release import find, short
 from pipeline.report import ok, say, warn
 from pipeline.settings import Settings
@@ -25,12 +25,9 @@ SERVERS_OWN = "opencode,files"
 """What a newer server may have changed for good: its database and files. The databases run on as they were."""
 
 
-def pending(home: Path) -> dict[str, Any] | None:
-    """Return what an upgrade that did not end has written down, or None."""
-    try:
-        return dict(json.loads((home / "upgrade.json").read_text()))
-    except (OSError, ValueError):
-        return None
+def pending(home: Path) -> dict[str, Any]:
+    """Return what an upgrade that did not end has written down, or nothing."""
+    return read_json(home / "upgrade.json")
 
 
 def upgrade(settings: Settings, engine: Engine, to: str = "latest", *, dry_run: bool = False) -> None:
@@ -44,14 +41,14 @@ def upgrade(settings: Settings, engine: Engine, to: str = "latest", *, dry_run: 
     if before is None or not run.state("opencode").there:
         raise NoStack("there is no stack to upgrade", "inv up starts one, from the newest released image.")
     left = pending(run.home)
-    if left is None and newer["Id"] == before["Id"] and run.state("opencode").image == before["Id"]:
+    if not left and newer["Id"] == before["Id"] and run.state("opencode").image == before["Id"]:
         ok(f"the stack runs {short(before)} already")
         return
     if dry_run:
         say(f"upgrade: would back up, and move from {short(before)} to {short(newer)}")
         return
     with life.alone(settings) as home:
-        if left is not None:
+        if left:
             warn(f"an upgrade from {left['from'][:12]} was interrupted; undoing it first")
             _undo(run, settings, left)
             if newer["Id"].removeprefix("sha256:") == left["from"].removeprefix("sha256:"):
