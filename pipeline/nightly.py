@@ -118,8 +118,7 @@ class Night:
 
     def copy(self) -> None:
         """Copy the checkout without what is large, and what the tasks remember of this machine."""
-        for leftover in BUILD.glob("night-*"):
-            remove(leftover)
+        self.clear()
         for leftover in (*BUILD.glob("release-*.part"), *BUILD.glob("nightly-*.part")):
             leftover.unlink(missing_ok=True)
         ignored = shutil.ignore_patterns("__pycache__", ".*_cache", ".bump-*", "*.part")
@@ -137,6 +136,12 @@ class Night:
         for path in BUILD.glob("*.json"):
             if not path.name.startswith("release-"):
                 shutil.copy2(path, self.tree / "build" / path.name)
+
+    def clear(self) -> None:
+        """Remove what killed nights have left."""
+        for leftover in BUILD.glob("night-*"):
+            if leftover != self.place:
+                remove(leftover)
 
     def copy_vendor(self) -> None:
         """Copy ``vendor/`` too."""
@@ -258,7 +263,10 @@ def _afterwards(night: Night, outcome: Outcome) -> None:
         lambda: history.append(night.record),
         lambda: notify.tell(night.settings, night.engine, night.record),
         lambda: _tidy(night) if outcome is Outcome.RELEASED else None,
-        lambda: None if _begun(night) else remove(night.place),  # what is staged is still to be brought in
+        # What is staged is still to be brought in, and without an engine nobody knows what is.
+        lambda: None if _begun(night) else remove(night.place),
+        # Again: the task of a killed night may have gone on for some seconds, and written.
+        lambda: night.clear() if night.engine and not _begun(night) else None,
     ]
     for step in steps:
         try:
