@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pipeline.engine import Engine
 from pipeline.errors import NoStack, StackUnwell
 from pipeline.report import fail, ok, say, table
 from pipeline.settings import Settings
-from pipeline.stack import life, runner, upgrade
+from pipeline.stack import life, upgrade
 from pipeline.stack.runner import Runner, State
 
 FULL_PERCENT = 90
@@ -23,6 +25,9 @@ PLACES = {
     "opencode": ("/root/.local/share/opencode", "/workspace"),
 }  # fmt: skip
 """Where each part's volumes are mounted."""
+
+RECENT = timedelta(hours=1)
+"""How long a restart is something wrong: after that the part has been well for so long."""
 
 HARMLESS = ("absent",)
 """What ``/app/scripts/status`` says of what nobody has set up."""
@@ -77,9 +82,8 @@ def _answers(run: Runner) -> dict[str, dict[str, str]]:
 
 
 def _backup(run: Runner) -> dict[str, Any]:
-    words = ("/app/scripts/backup", "status", "--json")
     try:
-        done = run.exec("backup", *words, timeout=ANSWER_SECONDS, user=runner.JOB_USER)
+        done = run.backup("status", "--json", timeout=ANSWER_SECONDS)
         return {"code": done.code, "said": (done.stderr.strip() or done.stdout.strip()), **_json(done.stdout)}
     except subprocess.TimeoutExpired:
         return {"code": -1, "said": "backup status does not answer"}
@@ -124,8 +128,9 @@ def faults(health: Health) -> Iterator[str]:
         elif not state.running:
             why = "it was out of memory" if state.oom else f"it ended with exit code {state.code}"
             yield f"{part} is down, {why}: inv logs --part {part}, inv up"
-        elif state.restarts:
-            yield f"{part} has ended and was started again {state.restarts} times: inv logs --part {part}"
+        elif state.restarts and _age_of(state) < RECENT:
+            when = state.since[:16].replace("T", " ")
+            yield f"{part} has ended {state.restarts} times, and is up again since {when}: inv logs --part {part}"
     for part, said in health.answers.items():
         if said["state"] not in ("ok", *HARMLESS) and part != "backup":
             yield f"{part} is {said['state']}: {said['detail']}"
@@ -136,19 +141,25 @@ def faults(health: Health) -> Iterator[str]:
         yield f"backup: {health.backup['said'].splitlines()[0]}"
 
 
+def _age_of(state: State) -> timedelta:
+    """Return how long a part has been up; both engines write RFC 3339 with nanoseconds, which Python does not read."""
+    began = datetime.fromisoformat(re.sub(r"\.\d+", "", state.since))
+    return datetime.now(UTC) - began
+
+
 def status(settings: Settings, engine: Engine, *, as_json: bool = False) -> None:
     """Print how the stack is. Raises NoStack when none of it is there, StackUnwell when something is wrong."""
     run = life.of(settings, engine)
     health = look(run)
-    if as_json:
-        print(json.dumps(asdict(health)))
     if not any(state.there for state in health.states.values()):
         raise NoStack(f"the stack {settings.stack.name} is not up", "inv up starts it.")
     if pending := upgrade.pending(run.home):
         health.wrong.append(
             f"an upgrade from {pending['from'][:12]} was interrupted: inv upgrade undoes or finishes it"
         )
-    if not as_json:
+    if as_json:
+        print(json.dumps(asdict(health)))
+    else:
         _print(run, settings, health)
     if health.wrong:
         raise StackUnwell("; ".join(health.wrong), "Each says what to do; docs/operations.md says more.")

@@ -6,7 +6,7 @@ import contextlib
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -34,7 +34,6 @@ from pipeline.stack.runner import Runner
 LOCK_SECONDS = 2
 DAMAGED = ("Bad file format reading the append only file", "Wrong signature", "Unexpected end of file reading")
 FULL = ("No space left on device", "MISCONF")
-FIRST_BACKUP = ("/app/scripts/backup", "run", "--create")
 
 
 def image_tag(settings: Settings) -> str:
@@ -42,16 +41,22 @@ def image_tag(settings: Settings) -> str:
     return f"{settings.image}:stack-{settings.stack.name}"
 
 
-def of(settings: Settings, engine: Engine) -> Runner:
-    """Return what runs the stack, with the images that are here by now. Raises SecretsRefused."""
+def of(settings: Settings, engine: Engine, others: Mapping[str, str] | None = None) -> Runner:
+    """Return what runs the stack, with the images of the ``others`` or those that are here. Raises SecretsRefused."""
     manifests, home = Manifests.read(), secrets.home(settings)
     known = secrets.read(home)
     ours = engine.local(image_tag(settings))
-    others = {part: databases.here(settings, engine, manifests, part) for part in databases.CHOSEN}
-    images = {"opencode": ours, "backup": ours} | others
-    agent = bool(known["opencode-datadog"].get("DD_API_KEY")) and bool(images["datadog"])
+    if others is None:
+        others = {part: databases.here(settings, engine, manifests, part) for part in _others(known)}
+    images = {"opencode": ours, "backup": ours} | dict(others)
+    agent = bool(images.get("datadog"))
     stack = Stack(settings.stack.name, settings.stack.address, settings.stack.port, images, known, agent)
     return runner.of(engine, manifests, stack, home)
+
+
+def _others(known: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return the parts that run other images than ours; the Agent is one with a key only."""
+    return [part for part in databases.CHOSEN if part != "datadog" or known["opencode-datadog"].get("DD_API_KEY")]
 
 
 @contextlib.contextmanager
@@ -89,7 +94,7 @@ def up(settings: Settings, engine: Engine, *, dry_run: bool = False) -> None:
         return
     with alone(settings) as home:
         for name in secrets.ensure(home):
-            say(f"{home / name} is new, and yours alone to read")
+            say(f"{home / name} is written, and yours alone to read")
         run = _with_images(settings, engine)
         states = {part: run.state(part) for part in run.stack.parts}
         missing = [part for part, state in states.items() if not state.running]
@@ -105,8 +110,8 @@ def up(settings: Settings, engine: Engine, *, dry_run: bool = False) -> None:
             ok(f"all {len(states)} parts were up already")
         else:
             say(f"up in {time.monotonic() - began:.1f} s")
-        if "backup" in missing and not run.exec("backup", *FIRST_BACKUP[:1], "status", user=runner.JOB_USER).ok:
-            run.exec("backup", *FIRST_BACKUP, user=runner.JOB_USER, detach=True)
+        if "backup" in missing and not run.backup("status").ok:
+            run.backup("run", "--create", detach=True)
         _connect(run, settings, home)
         _say_if_newer(settings, engine)
 
@@ -125,9 +130,9 @@ def _released(settings: Settings, engine: Engine) -> None:
 def _would(settings: Settings, engine: Engine) -> None:
     manifests, home = Manifests.read(), secrets.home(settings)
     known = secrets.read(home)
-    agent = bool(known["opencode-datadog"].get("DD_API_KEY"))
+    others = _others(known)
     for part in PARTS:
-        if part == "datadog" and not agent:
+        if part in databases.CHOSEN and part not in others:
             continue
         image = image_tag(settings)
         if part in databases.CHOSEN:
@@ -146,15 +151,15 @@ def _with_images(settings: Settings, engine: Engine) -> Runner:
     if not engine.image(engine.local(image_tag(settings))):
         engine.tag(latest, image_tag(settings))
     tools = engine.local(image_tag(settings))
-    for part in databases.CHOSEN:
-        if part != "datadog":
-            databases.ensure(settings, engine, manifests, part, tools)
-        elif secrets.read(home)["opencode-datadog"].get("DD_API_KEY"):
-            try:
-                databases.ensure(settings, engine, manifests, part, tools)
-            except DatabaseImageMissing as error:
-                warn(f"no Datadog Agent: {error.what}\n{error.details[:200]}")
-    return of(settings, engine)
+    images: dict[str, str] = {}
+    for part in _others(secrets.read(home)):
+        try:
+            images[part] = databases.ensure(settings, engine, manifests, part, tools)
+        except DatabaseImageMissing as error:
+            if part != "datadog":
+                raise
+            warn(f"no Datadog Agent: {error.what}\n{error.details[:200]}")
+    return of(settings, engine, images)
 
 
 def _check_port(run: Runner) -> None:
@@ -213,7 +218,7 @@ def _connect(run: Runner, settings: Settings, home: Path) -> None:
 
 def _say_if_newer(settings: Settings, engine: Engine) -> None:
     used, latest = (engine.image(engine.local(name)) for name in (image_tag(settings), f"{settings.image}:latest"))
-    if used and latest and used["Id"] != latest["Id"]:
+    if used and latest and used["Id"] != latest["Id"] and used["Created"] < latest["Created"]:
         say("A newer image is released: inv upgrade moves to it, with a backup before.")
 
 

@@ -22,6 +22,7 @@ from pipeline.stack.secrets import SERVER
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 CONFIGURATIONS = ("/usr/share/containers/containers.conf", "/etc/containers/containers.conf")
 START_SECONDS, END_SECONDS = 120, 120
+BACKUP = "/app/scripts/backup"
 JOB_USER = "1000:1000"
 """Who the parts run as; what the backup does by hand must be done as it too, so that the server can read the result."""
 
@@ -93,6 +94,10 @@ class Runner:
         who = ["--user", user] if user else []
         words = ["exec", *(["--detach"] if detach else []), *who, self.container(part), *command]
         return self.engine.ask(self.engine.argv(*words), timeout=timeout)
+
+    def backup(self, *words: str, timeout: float = 30, detach: bool = False) -> process.Completed:
+        """Run the backup's command line in its part. Raises subprocess.TimeoutExpired."""
+        return self.exec("backup", BACKUP, *words, timeout=timeout, user=JOB_USER, detach=detach)
 
     def logs(self, part: str, lines: int = 15) -> str:
         """Return the last lines that a part wrote."""
@@ -202,7 +207,6 @@ class Compose(Runner):
         env |= {"OPENCODE_ADDRESS": self.stack.address, "OPENCODE_PORT": str(self.stack.port)}
         if self.stack.agent:
             env |= {"OPENCODE_AGENT_HOST": "opencode-datadog", "COMPOSE_PROFILES": "datadog"}
-            env |= self.stack.secrets["opencode-datadog"]
         argv = self.engine.compose(COMPOSE, self.stack.name, self.home / SERVER, *words)
         return self.engine.ask(argv, timeout=START_SECONDS + END_SECONDS, env=env)
 

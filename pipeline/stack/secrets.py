@@ -28,7 +28,7 @@ BEGINNINGS = {
 """What each file begins with, and the passwords that are made for it."""
 
 PASSED_ON = ("DD_API_KEY", "DD_SITE")
-"""Variables of who starts the stack that the Agent is given where its file says nothing."""
+"""Variables of who starts the stack that the Agent's file is given, once: who starts it next may lack them."""
 
 
 def home(settings: Settings) -> Path:
@@ -39,21 +39,19 @@ def home(settings: Settings) -> Path:
     return config / "opencode-server" / settings.stack.name
 
 
-def read(where: Path, environ: Mapping[str, str] = os.environ) -> dict[str, dict[str, str]]:
+def read(where: Path) -> dict[str, dict[str, str]]:
     """Return the secrets by the names of their Secrets, as far as their files are there. Raises SecretsRefused."""
     found: dict[str, dict[str, str]] = {}
     for name in BEGINNINGS:
         path = where / name
         variables = read_env(path) if _is_private(path) else {}
-        if name == AGENT:
-            variables = {key: environ[key] for key in PASSED_ON if environ.get(key)} | variables
         _check(path, variables)
         found[f"opencode-{name.removesuffix('.env')}"] = variables
     return found
 
 
-def ensure(where: Path) -> list[str]:
-    """Make what is not there yet, each file 0600 and with passwords of its own; return the names of those made.
+def ensure(where: Path, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Make what is not there yet, each file 0600 and with passwords of its own; return the names of those written.
 
     A password that a file of the user's lacks is added to it. Raises SecretsRefused.
     """
@@ -63,6 +61,8 @@ def ensure(where: Path) -> list[str]:
         path = where / name
         there = read_env(path) if _is_private(path) else {}
         lines = [f"{key}={secrets.token_urlsafe(24)}" for key in passwords if key not in there]
+        if name == AGENT:
+            lines = [f"{key}={environ[key]}" for key in PASSED_ON if environ.get(key) and not there.get(key)]
         if path.exists() and not lines:
             continue
         text = path.read_text() if path.exists() else f"{comment}\n"

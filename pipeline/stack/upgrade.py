@@ -16,10 +16,9 @@ from pipeline.records import read_json, write_json
 from pipeline.release import find, short
 from pipeline.report import ok, say, warn
 from pipeline.settings import Settings
-from pipeline.stack import life, runner
+from pipeline.stack import life
 from pipeline.stack.runner import Runner
 
-BACKUP = "/app/scripts/backup"
 BACKUP_SECONDS = 4 * 3600
 SERVERS_OWN = "opencode,files"
 """What a newer server may have changed for good: its database and files. The databases run on as they were."""
@@ -84,7 +83,7 @@ def _back_up(run: Runner) -> str:
     """Make a backup, and return its ID. Raises UpgradeStopped."""
     if not run.state("backup").running:
         raise UpgradeStopped("there is no backup role to make a backup", "inv up starts it; nothing was changed.")
-    done = run.exec("backup", BACKUP, "run", "--create", "--json", timeout=BACKUP_SECONDS, user=runner.JOB_USER)
+    done = run.backup("run", "--create", "--json", timeout=BACKUP_SECONDS)
     if not done.ok:
         raise UpgradeStopped("the backup before it failed", "Nothing was changed; mend that first.", done.said)
     return str(json.loads(done.stdout)["id"])
@@ -99,7 +98,7 @@ def _undo(run: Runner, settings: Settings, note: dict[str, Any]) -> None:
             run.start("backup")
             life.wait(run, settings, "backup")
         words = ("restore", note["backup"], "--only", SERVERS_OWN, "--replace")
-        done = run.exec("backup", BACKUP, *words, timeout=BACKUP_SECONDS, user=runner.JOB_USER)
+        done = run.backup(*words, timeout=BACKUP_SECONDS)
         if not done.ok:
             raise UpgradeStopped(f"backup {note['backup']} could not be restored", "", done.said)
         run.start("opencode")

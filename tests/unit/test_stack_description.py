@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def environment(played: Pod) -> dict[str, str]:
 def test_the_overlay_of_a_team_is_strictly_valid_kubernetes(tmp_path: Path, component: bool) -> None:  # noqa: FBT001
     shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
     team = tmp_path / "deploy/kubernetes/team"
-    for name in ("server.env", "backup.env"):
+    for name in ("server.env", "backup.env", "datadog.env"):
         shutil.copy(team / f"{name}.example", team / name)
     if component:
         kustomization = team / "kustomization.yaml"
@@ -127,15 +128,17 @@ def test_compose_says_what_the_manifests_say() -> None:
 
 def test_secrets_are_made_once_and_for_their_owner_alone(tmp_path: Path) -> None:
     home = tmp_path / "red"
-    assert secrets.ensure(home) == ["server.env", "backup.env", "datadog.env"]
-    first = secrets.read(home, {})
+    assert secrets.ensure(home, {}) == ["server.env", "backup.env", "datadog.env"]
+    first = secrets.read(home)
     assert {path.stat().st_mode & 0o777 for path in home.iterdir()} == {0o600}
     assert len({value for some in first.values() for value in some.values()}) == 4
-    assert secrets.ensure(home) == []
-    assert secrets.read(home, {"DD_API_KEY": "k"})["opencode-datadog"] == {"DD_API_KEY": "k"}
+    assert secrets.ensure(home, {}) == []
+    assert secrets.ensure(home, {"DD_API_KEY": "k", "DD_SITE": ""}) == ["datadog.env"]
+    assert secrets.ensure(home, {"DD_API_KEY": "another"}) == []
+    assert secrets.read(home)["opencode-datadog"] == {"DD_API_KEY": "k"}
     with (home / "server.env").open("a") as file:
         file.write("OPENAI_API_KEY=sk-1\n")
-    assert secrets.read(home, {})["opencode-server"] == first["opencode-server"] | {"OPENAI_API_KEY": "sk-1"}
+    assert secrets.read(home)["opencode-server"] == first["opencode-server"] | {"OPENAI_API_KEY": "sk-1"}
 
 
 @pytest.mark.parametrize(
@@ -151,7 +154,7 @@ def test_secrets_that_are_none_are_refused(tmp_path: Path, mode: int, text: str,
     path.write_text(text)
     path.chmod(mode)
     with pytest.raises(SecretsRefused, match=what):
-        secrets.read(tmp_path, {})
+        secrets.read(tmp_path)
 
 
 def test_what_is_wrong_is_said_in_a_sentence_each() -> None:
@@ -167,7 +170,14 @@ def test_what_is_wrong_is_said_in_a_sentence_each() -> None:
         "valkey's /var/lib/opencode lies on a disk that is 95 % full",
         "backup",
     ]
-    assert list(health.faults(Health({"valkey": up}, {}, {}, volumes[1:], {"code": 0, "said": "ok"}))) == []
+    now = datetime.now(UTC)
+    since = {
+        part: f"{now - timedelta(hours=ago):%Y-%m-%dT%H:%M:%S}.123456789Z"
+        for part, ago in (("valkey", 2), ("opencode", 0))
+    }
+    again = {part: State(there=True, running=True, restarts=2, since=moment) for part, moment in since.items()}
+    (recent,) = health.faults(Health(again, {}, {}, volumes[1:], {"code": 0, "said": "ok"}))
+    assert recent.startswith("opencode has ended 2 times")
 
 
 def test_podman_is_told_the_bounds_beside_or_within_what_its_user_has_said() -> None:
