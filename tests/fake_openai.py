@@ -393,7 +393,7 @@ def fake_openai(
     fake = FakeOpenAI(reply, key)
     server = Server((host, port), type("Bound", (Handler,), {"fake": fake}))
     fake.port = server.server_port
-    fake.url = f"http://127.0.0.1:{server.server_port}/v1"
+    fake.url = f"http://{host}:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:

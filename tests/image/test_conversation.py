@@ -14,7 +14,7 @@ from pipeline.probes import Subject
 from pipeline.settings import Settings
 from tests.conftest import Built
 from tests.image.conftest import derive
-from tests.servers import ask, datadog_agent, wait_for
+from tests.servers import ask, datadog_agent, until
 
 pytestmark = pytest.mark.engine
 
@@ -113,8 +113,8 @@ def test_datadogs_own_test_agent_gets_spans_of_the_server_and_of_pythons_it_star
         inside = within(talk.container)
         with datadog_agent(peer.TRACES, peer.OTLP, *inside):
             conversation.conversation(talk)
-            wait_for(lambda: ask(peer.OTLP, "/test/session/traces", *inside))
-            traces = wait_for(lambda: ask(peer.TRACES, "/test/traces", *inside))
+            until(lambda: ask(peer.OTLP, "/test/session/traces", *inside))
+            traces = until(lambda: ask(peer.TRACES, "/test/traces", *inside))
             batches = ask(peer.OTLP, "/test/session/traces", *inside)
     names = conversation.NAMES
     (queried,) = [span for trace in traces for span in trace if span["name"] == "sqlite.query"]

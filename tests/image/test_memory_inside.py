@@ -15,8 +15,8 @@ from pipeline.container import Container, Server, running, wait_ready
 from tests.conftest import Built
 from tests.fake_openai import EMBEDDER, KEY, MODEL, Call, FakeOpenAI, fake_openai, text_of
 from tests.image.conftest import derive
-from tests.memories import kept, until
-from tests.servers import free_port
+from tests.memories import kept
+from tests.servers import free_port, until
 
 pytestmark = pytest.mark.engine
 

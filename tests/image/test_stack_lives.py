@@ -14,7 +14,7 @@ import pytest
 import requests
 
 from tests.conftest import Built, Checkout, Done, build_once
-from tests.servers import free_port, wait_for
+from tests.servers import free_port, until
 
 PASSWORDS = ("OPENCODE_SERVER_PASSWORD", "FALKORDB_PASSWORD", "VALKEY_PASSWORD", "BACKUP_PASSWORD")
 
@@ -90,7 +90,7 @@ def test_the_stack_lives_loses_nothing_and_goes_back_from_a_bad_upgrade(stack: U
     stack.podman("kill", "--signal", "KILL", f"{stack.name}-valkey-valkey")
     done = stack.inv("up")  # whether or not the engine was faster
     assert done.code in {0, 73}, done.stderr
-    wait_for(lambda: stack.inv("up").code == 0)
+    until(lambda: stack.inv("up").code == 0)
     assert stack.podman(*redis, "GET", "key").strip() == "value"
 
     recipe = tmp_path / "Containerfile"

@@ -15,9 +15,9 @@ import pytest
 from b2sdk.v2 import B2Api, InMemoryAccountInfo
 
 from bench import backup as drills
-from tests.backups import DATADOG, ENCRYPTION, NO_DELAY, NODES, SERVER_PASSWORD, World, client, repeatedly, until, world
+from tests.backups import DATADOG, ENCRYPTION, NO_DELAY, NODES, SERVER_PASSWORD, World, client, repeatedly, world
 from tests.fake_b2 import ACCOUNT, KEY
-from tests.servers import collector, free_port, redis_server
+from tests.servers import collector, free_port, redis_server, until
 
 pytestmark = pytest.mark.server
 

@@ -21,8 +21,8 @@ from backup_lib import manifest
 from backup_lib.crc64 import crc64
 from backup_lib.master import Master
 
-from tests.backups import NO_DELAY, NODES, SERVER_PASSWORD, World, client, until, world
-from tests.servers import redis_server
+from tests.backups import NO_DELAY, NODES, SERVER_PASSWORD, World, client, world
+from tests.servers import redis_server, until
 
 pytestmark = pytest.mark.server
 ONCE = {"RCLONE_RETRIES": "1", "RCLONE_LOW_LEVEL_RETRIES": "2"}

@@ -103,7 +103,7 @@ def uv(tmp_path_factory: pytest.TempPathFactory) -> str:
     return found
 
 
-def wait_for(path: Path) -> None:
+def until(path: Path) -> None:
     end = time.monotonic() + DEADLINE
     while not path.exists():
         assert time.monotonic() < end, f"{path} did not come within {DEADLINE} s"
@@ -200,7 +200,7 @@ def test_killed_midway_it_is_made_again(checkout: Checkout, uv: str, tmp_path: P
     os.mkfifo(tmp_path / "never")
     checkout.give_uv(uv, f'case $1 in pip) : >"{tmp_path}/installing"; read -r _ <"{tmp_path}/never" ;; esac')
     child = checkout.start("--list")
-    wait_for(tmp_path / "installing")
+    until(tmp_path / "installing")
     os.killpg(child.pid, signal.SIGKILL)
     child.communicate()
     assert checkout.venv.exists()
@@ -215,7 +215,7 @@ def test_of_two_at_once_one_makes_it_and_the_other_waits(checkout: Checkout, uv:
     os.mkfifo(tmp_path / "go")
     checkout.give_uv(uv, f'case $1 in pip) : >"{tmp_path}/installing"; read -r _ <"{tmp_path}/go" ;; esac')
     one = checkout.start("--list")
-    wait_for(tmp_path / "installing")
+    until(tmp_path / "installing")
     two = checkout.start("--list")
     assert two.stderr
     assert two.stderr.readline() == "inv: waiting for another ./inv that is making .venv\n"

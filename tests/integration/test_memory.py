@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.fake_openai import LATE, Call, FakeOpenAI
-from tests.memories import Rig, tls, until
-from tests.servers import free_port, redis_server
+from tests.memories import Rig, tls
+from tests.servers import free_port, redis_server, until
 
 pytestmark = pytest.mark.server
 

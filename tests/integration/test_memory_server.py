@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.fake_openai import FakeOpenAI
-from tests.memories import Rig, Session, kept, until
-from tests.servers import collector, free_port, http_server, silent_server
+from tests.memories import Rig, Session, kept
+from tests.servers import collector, free_port, http_server, silent_server, until
 
 pytestmark = pytest.mark.server
 TOOLS = {"add", "search_facts", "search_entities", "recent_memories", "forget"}

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from tests.fake_openai import FakeOpenAI
-from tests.memories import Kept, Rig, kept, until
+from tests.memories import Kept, Rig, kept
+from tests.servers import until
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(7200)]
 COUNT = int(os.environ.get("MEMORY_SOAK", "120"))

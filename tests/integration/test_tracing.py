@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import ask, datadog_agent, free_port, silent_server, wait_for
+from tests.servers import ask, datadog_agent, free_port, silent_server, until
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 DEADLINE = 60.0
@@ -163,7 +163,7 @@ def test_the_agent_gets_the_servers_spans_under_the_names_it_was_given() -> None
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{otlp}",
     }
     with datadog_agent(traces, otlp), posting(1, json.dumps(SPANS).encode(), **where, **names):
-        (request,) = wait_for(lambda: ask(otlp, "/test/session/traces"))
+        (request,) = until(lambda: ask(otlp, "/test/session/traces"))
     (received,) = request["resourceSpans"]
     attributes = {entry["key"]: entry["value"]["stringValue"] for entry in received["resource"]["attributes"]}
     expected = {"service.name": "shop", "service.version": "7", "kept": "k"}
@@ -194,9 +194,7 @@ def test_an_agent_that_takes_nothing_costs_nothing(agent: str) -> None:
         with posting(100, body, **env) as child:
             (relay,) = relays(child.pid)
             assert resident(relay) < 70_000_000, "of 100 MB it keeps no more than it queues"
-        wait_for(
-            lambda: not Path(f"/proc/{relay}").exists() or "Z" in Path(f"/proc/{relay}/stat").read_text().split()[2]
-        )
+        until(lambda: not Path(f"/proc/{relay}").exists() or "Z" in Path(f"/proc/{relay}/stat").read_text().split()[2])
 
 
 def test_what_is_too_large_is_refused_and_the_next_is_taken() -> None:
