@@ -22,6 +22,8 @@ LONGEST_REST_SECONDS = 300.0
 ENDED = 10
 """A memory over which so many workers were ended is a dead letter."""
 METRICS_SECONDS = 60.0
+CANCEL_SECONDS = 1.0
+"""How long a task may take to tidy up before it is cancelled once more."""
 
 
 def say(text: str) -> None:
@@ -43,6 +45,19 @@ def fault_of(error: Exception) -> str:
     return "in doubt" if isinstance(error, DOUBTFUL) else "theirs" if isinstance(error, REFUSED) else "its own"
 
 
+async def end(*tasks: asyncio.Task[Any]) -> list[Any]:
+    """Cancel tasks until they have ended; return their outcomes.
+
+    Once is not enough: before Python 3.12 asyncio.wait_for, with which redis-py writes, drops a cancellation that
+    comes together with its result (python/cpython#86296), and the task goes on.
+    """
+    while left := [task for task in tasks if not task.done()]:
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left, timeout=CANCEL_SECONDS)
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class Worker:
     """Digests up to ``settings.workers`` projects at a time."""
 
@@ -62,6 +77,8 @@ class Worker:
             while True:
                 try:
                     look = await self._begin()
+                    if (this := asyncio.current_task()) and this.cancelling():
+                        raise asyncio.CancelledError  # it was dropped on the way: see ``end``
                     if until_empty and look is None and not self._busy:
                         return
                     last = await self._wait(last, look or LOOK_SECONDS)
@@ -87,8 +104,7 @@ class Worker:
         waking = asyncio.ensure_future(self.queue.woken(last, seconds))
         await asyncio.wait([waking, *self._busy.values()], return_when=asyncio.FIRST_COMPLETED)
         if not waking.done():
-            waking.cancel()
-            await asyncio.gather(waking, return_exceptions=True)
+            await end(waking)
             return last
         return waking.result()
 
@@ -120,8 +136,7 @@ class Worker:
         except Unavailable as error:
             say(str(error))
         finally:
-            work.cancel()
-            for outcome in await asyncio.gather(work, return_exceptions=True):
+            for outcome in await end(work):
                 if isinstance(outcome, Exception):
                     say(f"{project}: {type(outcome).__name__}")
             with contextlib.suppress(Exception):
