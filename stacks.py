@@ -66,3 +66,21 @@ def upgrade(context: Context, to: str = "latest", engine: str = "", dry_run: boo
 
     with engine_of(context, engine) as (settings, found):
         upgrading.upgrade(settings, found, to, dry_run=dry_run)
+
+
+@task(
+    help={
+        "backup": "the beginning of its ID; without one the newest",
+        "only": "falkordb, valkey, opencode, files, with commas between",
+        "replace": "also where something is, which is saved first",
+        **ENGINE,
+    },
+)
+def restore(
+    context: Context, backup: str = "", only: str = "", replace: bool = False, engine: str = "", dry_run: bool = False
+) -> None:
+    """Put a backup back into the stack; the server is stopped meanwhile if its own data comes back."""
+    from pipeline.stack import restore as restoring
+
+    with engine_of(context, engine) as (settings, found):
+        restoring.restore(settings, found, backup, only=only, replace=replace, dry_run=dry_run)

@@ -10,14 +10,14 @@ from invoke.tasks import task
 from pipeline.cli import ENGINE, engine_of
 from pipeline.cli import settings_of as _settings
 from releases import bump, history, nightly, promote, prune, pull, push, report, rollback, schedule
-from stacks import down, logs, shell, status, up, upgrade
+from stacks import down, logs, restore, shell, status, up, upgrade
 
 if TYPE_CHECKING:
     from invoke.context import Context
 
 __all__ = [
-    "bump", "down", "history", "logs", "nightly", "promote", "prune", "pull", "push", "report", "rollback", "schedule",
-    "shell", "status", "up", "upgrade",
+    "bump", "down", "history", "logs", "nightly", "promote", "prune", "pull", "push", "report", "restore", "rollback",
+    "schedule", "shell", "status", "up", "upgrade",
 ]  # fmt: skip
 
 if any(name.startswith("INVOKE_") for name in os.environ):

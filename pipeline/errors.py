@@ -321,6 +321,12 @@ class VolumesKept(PipelineError):
     exit_code = 79
 
 
+class RestoreStopped(PipelineError):
+    """A restore of the stack was refused or failed; the backup's own words say what is as it was."""
+
+    exit_code = 80
+
+
 class Interrupted(PipelineError):
     """Ctrl-C or SIGTERM; exit code 128 + the signal's number, as a shell would report it."""
 

@@ -77,7 +77,7 @@ def alone(settings: Settings) -> Iterator[Path]:
 
 def server(run: Runner, settings: Settings) -> Server:
     """Return the stack's server, as a client on this machine sees it."""
-    password = run.stack.secrets["opencode-server"]["OPENCODE_SERVER_PASSWORD"]
+    password = run.stack.secrets["opencode-server"].get("OPENCODE_SERVER_PASSWORD", "")
     # A server that listens on every address is asked on loopback.
     address = "127.0.0.1" if run.stack.address == "0.0.0.0" else run.stack.address  # noqa: S104
     return Server(f"http://{address}:{run.stack.port}", password, settings.smoke.request_seconds)
@@ -101,13 +101,15 @@ def up(settings: Settings, engine: Engine, *, dry_run: bool = False) -> None:
         if "opencode" in missing:
             _check_port(run)
         began = time.monotonic()
-        for part in missing:
+        for part, state in states.items():
             started = time.monotonic()
-            run.start(part)
-            wait(run, settings, part)
-            ok(f"{part:9} {time.monotonic() - started:5.1f} s")
+            if part in missing:
+                run.start(part)
+            wait(run, settings, part, 0 if part in missing else state.restarts)
+            if part in missing:
+                ok(f"{part:9} {time.monotonic() - started:5.1f} s")
         if not missing:
-            ok(f"all {len(states)} parts were up already")
+            ok(f"all {len(states)} parts were up already, and answer")
         else:
             say(f"up in {time.monotonic() - began:.1f} s")
         if "backup" in missing and not run.backup("status").ok:
@@ -173,18 +175,18 @@ def _check_port(run: Runner) -> None:
             raise PortTaken(f"{where}: {error.strerror}", "Free it, or set stack.port to another.") from None
 
 
-def wait(run: Runner, settings: Settings, part: str) -> None:
-    """Wait until a part answers. Raises PartDown."""
+def wait(run: Runner, settings: Settings, part: str, restarts: int = 0) -> None:
+    """Wait until a part answers, which the engine has started again so often before. Raises PartDown."""
     deadline = time.monotonic() + settings.stack.ready_seconds
     if part == "opencode":
         try:
-            wait_ready(server(run, settings), deadline, alive=lambda: _check_alive(run, part))
+            wait_ready(server(run, settings), deadline, alive=lambda: _check_alive(run, part, restarts))
         except ServerSilent as error:
             raise down(run, part, error.what) from None
         return
     probe = run.manifests.probe(part)
     while True:
-        _check_alive(run, part)
+        _check_alive(run, part, restarts)
         if not probe or run.exec(part, *probe).ok:
             return
         if time.monotonic() > deadline:
@@ -192,9 +194,9 @@ def wait(run: Runner, settings: Settings, part: str) -> None:
         time.sleep(0.2)
 
 
-def _check_alive(run: Runner, part: str) -> None:
+def _check_alive(run: Runner, part: str, restarts: int) -> None:
     state = run.state(part)
-    if not state.running or state.restarts:
+    if not state.running or state.restarts > restarts:
         ended = f"it ended with exit code {state.code}" if not state.running else "it ends again and again"
         raise down(run, part, ended)
 
@@ -238,7 +240,8 @@ def end(settings: Settings, engine: Engine, *, volumes: bool = False, yes: bool 
             say(f"down: would remove {', '.join(run.volumes()) or 'no volume'}")
         return
     with alone(settings):
-        run.end_all()
+        if up_now or run.volumes():
+            run.end_all()
         ok(f"ended: {up_now or 'nothing was up'}")
         if volumes:
             gone = run.volumes()
@@ -274,9 +277,11 @@ def logs(settings: Settings, engine: Engine, part: str = "", *, follow: bool = F
 
 
 def shell(settings: Settings, engine: Engine, part: str = "opencode") -> None:
-    """Open a shell in a part, as the user that the part runs as. Raises NoStack."""
+    """Open a shell in a part, as the user that its work is done as. Raises NoStack, EngineBroken."""
     container = part_of(of(settings, engine), part)
-    words = ["exec", "--interactive", *(["--tty"] if sys.stdin.isatty() else []), container, "bash"]
+    # What the backup restores is to belong to the server's user: cron alone needs root.
+    who = ["--user", runner.JOB_USER] if part == "backup" else []
+    words = ["exec", "--interactive", *(["--tty"] if sys.stdin.isatty() else []), *who, container, "bash"]
     done = process.run(engine.argv(*words), env=engine.env, terminal=True)
     if done.code in {125, 126, 127}:
         raise EngineBroken(f"{engine.name} cannot open a shell in {part}", "inv status says how it is.", done.said)

@@ -172,7 +172,7 @@ def _environment(container: Document, manifests: Manifests, stack: Stack, part: 
         if "value" in variable:
             yield variable["name"], variable["value"]
         elif secret := origin.get("secretKeyRef"):
-            yield variable["name"], stack.secrets[secret["name"]][secret["key"]]
+            yield variable["name"], stack.secrets[secret["name"]].get(secret["key"], "")
         elif variable["name"] == "DD_AGENT_HOST" and stack.agent and part == "opencode":
             yield variable["name"], stack.renamed("opencode-datadog")
 

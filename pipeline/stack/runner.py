@@ -17,7 +17,7 @@ from pipeline.engine import Engine
 from pipeline.errors import EngineBroken, PartDown, PortTaken
 from pipeline.settings import ROOT
 from pipeline.stack.manifests import Manifests, Pod, Stack, claim, pod
-from pipeline.stack.secrets import SERVER
+from pipeline.stack.secrets import SERVER, check_passwords
 
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 CONFIGURATIONS = ("/usr/share/containers/containers.conf", "/etc/containers/containers.conf")
@@ -54,7 +54,14 @@ class Runner:
         raise NotImplementedError
 
     def start(self, part: str) -> None:
-        """Start a part anew in place of what is there; volumes stay. Raises PortTaken, PartDown, EngineBroken."""
+        """Start a part anew in place of what is there; volumes stay.
+
+        Raises SecretsRefused, PortTaken, PartDown, EngineBroken.
+        """
+        check_passwords(self.stack.secrets)
+        self._start(part)
+
+    def _start(self, part: str) -> None:
         raise NotImplementedError
 
     def end(self, part: str) -> None:
@@ -149,7 +156,7 @@ class Pods(Runner):
         path.write_text(text)
         return {variable: str(path)}
 
-    def start(self, part: str) -> None:
+    def _start(self, part: str) -> None:
         """Play its pod, and the claims of the volumes that are not there."""
         played, network = self._pod(part), self.stack.name
         self.end(part)
@@ -210,7 +217,7 @@ class Compose(Runner):
         argv = self.engine.compose(COMPOSE, self.stack.name, self.home / SERVER, *words)
         return self.engine.ask(argv, timeout=START_SECONDS + END_SECONDS, env=env)
 
-    def start(self, part: str) -> None:
+    def _start(self, part: str) -> None:
         """Create its service anew."""
         done = self._ask("up", "--detach", "--no-deps", "--force-recreate", self._service(part))
         if not done.ok:

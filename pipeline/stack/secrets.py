@@ -46,7 +46,7 @@ def read(where: Path) -> dict[str, dict[str, str]]:
         path = where / name
         variables = read_env(path) if _is_private(path) else {}
         _check(path, variables)
-        found[f"opencode-{name.removesuffix('.env')}"] = variables
+        found[_secret(name)] = variables
     return found
 
 
@@ -69,6 +69,18 @@ def ensure(where: Path, environ: Mapping[str, str] = os.environ) -> list[str]:
         _write(path, "\n".join([text.rstrip("\n"), *lines, ""]))
         made.append(name)
     return made
+
+
+def check_passwords(known: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse to go on without a password that a part is to be locked with. Raises SecretsRefused."""
+    for name, (_, passwords) in BEGINNINGS.items():
+        for key in passwords:
+            if not known[_secret(name)].get(key):
+                raise SecretsRefused(f"{name} has no {key}", "inv up makes one, and starts with it what is not up.")
+
+
+def _secret(name: str) -> str:
+    return f"opencode-{name.removesuffix('.env')}"
 
 
 def _write(path: Path, text: str) -> None:

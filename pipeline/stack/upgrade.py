@@ -17,11 +17,10 @@ from pipeline.release import find, short
 from pipeline.report import ok, say, warn
 from pipeline.settings import Settings
 from pipeline.stack import life
+from pipeline.stack.restore import SERVERS_OWN
 from pipeline.stack.runner import Runner
 
 BACKUP_SECONDS = 4 * 3600
-SERVERS_OWN = "opencode,files"
-"""What a newer server may have changed for good: its database and files. The databases run on as they were."""
 
 
 def pending(home: Path) -> dict[str, Any]:
@@ -97,7 +96,8 @@ def _undo(run: Runner, settings: Settings, note: dict[str, Any]) -> None:
         if run.state("backup").image != note["from"]:
             run.start("backup")
             life.wait(run, settings, "backup")
-        words = ("restore", note["backup"], "--only", SERVERS_OWN, "--replace")
+        # What a newer server may have changed for good; the databases run on as they were.
+        words = ("restore", note["backup"], "--only", ",".join(SERVERS_OWN), "--replace")
         done = run.backup(*words, timeout=BACKUP_SECONDS)
         if not done.ok:
             raise UpgradeStopped(f"backup {note['backup']} could not be restored", "", done.said)

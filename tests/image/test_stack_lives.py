@@ -1,67 +1,35 @@
-"""The stack as podman plays it: real FalkorDB, a real Redis in Valkey's place, the server, and the backup's cron."""
+"""The stack as podman and docker run it: real FalkorDB, a real Redis in Valkey's place, the server, and cron."""
 
 from __future__ import annotations
 
 import json
-import os
+import signal
 import socket
+import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
 
-from tests.conftest import Built, Checkout, Done, build_once
-from tests.servers import free_port, until
+from tests.conftest import Checkout
+from tests.image.conftest import derive
+from tests.servers import until
+from tests.stack_up import PASSWORDS, Up, a_stack
 
-PASSWORDS = ("OPENCODE_SERVER_PASSWORD", "FALKORDB_PASSWORD", "VALKEY_PASSWORD", "BACKUP_PASSWORD")
-
-
-@dataclass
-class Up:
-    """A stack of a test's own: its name, port and secrets."""
-
-    built: Built
-    name: str
-    port: int
-    home: Path
-
-    def inv(self, *words: str) -> Done:
-        env = {"INVOKE_STACK_NAME": self.name, "INVOKE_STACK_PORT": str(self.port), "INVOKE_STACK_HOME": str(self.home)}
-        return self.built.inv(*words, env=env)
-
-    def ok(self, *words: str) -> str:
-        done = self.inv(*words)
-        assert done.code == 0, done.stdout[-3000:] + done.stderr
-        return done.stdout
-
-    def ask(self, path: str, method: str = "GET", body: object = None) -> Any:
-        secrets = dict(line.split("=", 1) for line in (self.home / "server.env").read_text().splitlines()[1:])
-        auth = ("opencode", secrets["OPENCODE_SERVER_PASSWORD"])
-        answer = requests.request(method, f"http://127.0.0.1:{self.port}{path}", auth=auth, json=body, timeout=20)
-        assert answer.ok, answer.text
-        return answer.json()
-
-    def podman(self, *words: str) -> str:
-        done = self.built.engine.ask(self.built.engine.argv(*words))
-        assert done.ok, done.said
-        return done.stdout
+pytestmark = pytest.mark.engine
 
 
-@pytest.fixture
-def stack(checkout: Checkout, engine_environment: None, tmp_path: Path) -> Iterator[Up]:  # noqa: ARG001
-    made = Up(build_once(checkout, "podman"), f"t{os.getpid()}", free_port(), tmp_path / "home")
-    try:
+@pytest.fixture(params=["podman", "docker"])
+def stack(request: pytest.FixtureRequest, checkout: Checkout, tmp_path: Path) -> Iterator[Up]:
+    request.getfixturevalue("engine_environment")
+    with a_stack(checkout, request.param, tmp_path / "home") as made:
         yield made
-    finally:
-        done = made.inv("down", "--volumes", "--yes")
-        assert done.code == 0, done.stderr
 
 
-@pytest.mark.engine
-def test_the_stack_lives_loses_nothing_and_goes_back_from_a_bad_upgrade(stack: Up, tmp_path: Path) -> None:
+def test_the_stack_lives_is_closed_and_loses_nothing(stack: Up) -> None:
+    stack.inv("status").failed("NoStack", 71, "inv up")
+    assert "nothing was up" in stack.ok("down")
     with socket.create_server(("127.0.0.1", stack.port)):
         stack.inv("up").failed("PortTaken", 44, str(stack.port))
     assert "would start opencode" in stack.ok("up", "--dry-run")
@@ -72,45 +40,88 @@ def test_the_stack_lives_loses_nothing_and_goes_back_from_a_bad_upgrade(stack: U
     session = stack.ask("/session", "POST", {"title": "kept"})["id"]
 
     for part in ("falkordb", "valkey", "opencode", "backup"):
-        container = f"{_pod(stack, part)}-{part}"
-        host = json.loads(stack.podman("inspect", "--type", "container", container))[0]["HostConfig"]
-        assert host["ReadonlyRootfs"]
-        assert host["Memory"] > 0
-        assert "no-new-privileges" in host["SecurityOpt"]
-    ends = "ps -ef 2>/dev/null || cat /proc/[0-9]*/cmdline"
-    seen = stack.podman("exec", f"{stack.name}-falkordb-falkordb", "sh", "-c", ends)
-    values = [line.split("=", 1)[1] for name in ("server.env", "backup.env")
-              for line in (stack.home / name).read_text().splitlines() if line.startswith(PASSWORDS)]  # fmt: skip
+        seen = stack.inspect(part)
+        assert seen["HostConfig"]["ReadonlyRootfs"]
+        assert seen["HostConfig"]["Memory"] > 0
+        assert "no-new-privileges" in str(seen["HostConfig"]["SecurityOpt"])
+    ports = stack.engine("ps", "--format", "{{.Ports}}", "--filter", f"name={stack.name}").split()
+    assert {each for each in ports if "->" in each} == {f"127.0.0.1:{stack.port}->4096/tcp"}
+    seen_in_ps = (
+        stack.inside("falkordb", "sh", "-c", "cat /proc/[0-9]*/cmdline")
+        + subprocess.run(["ps", "-eo", "args"], check=True, capture_output=True, text=True).stdout
+    )
+    values = [value for name in ("server.env", "backup.env") for key, value in stack.secrets(name).items()
+              if key in PASSWORDS]  # fmt: skip
     assert len(values) == 4
-    assert not any(value in seen for value in values)
+    assert not any(value in seen_in_ps for value in values)
 
-    client = 'REDISCLI_AUTH=$VALKEY_PASSWORD valkey-cli -p 6380 "$@"'
-    redis = ["exec", f"{stack.name}-valkey-valkey", "sh", "-c", client, "-"]
-    assert stack.podman(*redis, "SET", "key", "value").strip() == "OK"
-    stack.podman("kill", "--signal", "KILL", f"{stack.name}-valkey-valkey")
-    done = stack.inv("up")  # whether or not the engine was faster
-    assert done.code in {0, 73}, done.stderr
-    until(lambda: stack.inv("up").code == 0)
-    assert stack.podman(*redis, "GET", "key").strip() == "value"
+    until(lambda: json.loads(stack.inv("status", "--json").stdout)["backup"]["code"] == 0, "the first backup")
+    assert "all is well" in stack.ok("status")
+    said = stack.ok("logs")
+    assert all(words in said for words in ("--- valkey", "Ready to accept connections", "server listening on"))
+    following = stack.start("logs", "--part", "opencode", "--follow")
+    following.until("server listening on")
+    following.end(signal.SIGTERM)
+    checkout = stack.built.checkout
+    shell = subprocess.run(
+        checkout.argv("shell", "--engine", stack.built.engine.name), input="id -u; pwd",
+        env=checkout.environ(stack.env), cwd=checkout.root, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert shell.stdout.split() == ["1000", "/workspace"]
 
-    recipe = tmp_path / "Containerfile"
-    recipe.write_text(f'FROM {stack.built.reference}\nENTRYPOINT ["false"]\n')
-    limits = stack.built.engine.limits
-    stack.podman("build", *limits, "--format", "docker", "--tag", "localhost/opencode-server-test:bad",
-                 "--file", str(recipe), str(tmp_path))  # fmt: skip
-    try:
-        stack.inv("upgrade", "--to", "bad").failed("UpgradeRolledBack", 76, "did not come up")
-    finally:
-        stack.podman("rmi", "localhost/opencode-server-test:bad")
+    assert stack.valkey("SET", "key", "value") == "OK"
+    stack.engine("kill", "--signal", "KILL", stack.container("valkey"))
+    until(lambda: stack.inv("up").code == 0, "up brings it back")  # docker takes a kill for somebody's will
+    assert stack.valkey("GET", "key") == "value"
+
+    as_the_role = ["exec", "--user", "1000:1000", stack.container("backup")]
+    stack.engine(*as_the_role, "/app/scripts/backup", "run", "--create")
+    assert stack.ask(f"/session/{session}", "DELETE") is True
+    assert stack.valkey("SET", "key", "another") == "OK"
+    assert "would stop the server" in stack.ok("restore", "--dry-run", "--replace")
+    stack.inv("restore").failed("RestoreStopped", 80)
+    assert stack.valkey("GET", "key") == "another"
+    stack.ok("restore", "--replace")
     assert stack.ask(f"/session/{session}")["title"] == "kept"
+    assert stack.valkey("GET", "key") == "value"
 
     stack.ok("down")
     stack.inv("status").failed("NoStack", 71, "inv up")
     stack.inv("down", "--volumes").failed("VolumesKept", 79, "--yes")
     stack.ok("up")
     assert stack.ask(f"/session/{session}")["title"] == "kept"
-    assert stack.podman(*redis, "GET", "key").strip() == "value"
+    assert stack.valkey("GET", "key") == "value"
 
 
-def _pod(stack: Up, part: str) -> str:
-    return stack.name if part == "opencode" else f"{stack.name}-{part}"
+def test_an_upgrade_moves_on_or_goes_back_with_image_and_data(stack: Up) -> None:
+    def image() -> str:
+        return str(stack.inspect("opencode")["Image"])
+
+    stack.ok("up")
+    session, before = stack.ask("/session", "POST", {"title": "kept"})["id"], image()
+    assert "runs" in stack.ok("upgrade")
+    derive(stack.built, "bad", 'ENTRYPOINT ["false"]')
+    good = derive(stack.built, "good", "LABEL good=yes")
+    engine = stack.built.engine
+    engine.tag(engine.local("opencode-server-test-bad"), "opencode-server-test:bad")
+    engine.tag(good, "opencode-server-test:good")
+    try:
+        stack.inv("upgrade", "--to", "bad").failed("UpgradeRolledBack", 76, "did not come up")
+        assert (stack.ask(f"/session/{session}")["title"], image()) == ("kept", before)
+
+        note = stack.home / "upgrade.json"
+        killed = stack.start("upgrade", "--to", "good")
+        until(lambda: note.exists() or killed.child.poll() is not None, "the upgrade has begun")
+        killed.end(signal.SIGKILL)
+        assert note.exists()
+        stack.inv("status").failed("StackUnwell", 74, "was interrupted")
+        said = stack.ok("upgrade", "--to", "good")
+        assert "undoing it first" in said
+        assert "upgraded from" in said
+        assert not note.exists()
+        assert image() != before
+        assert stack.ask(f"/session/{session}")["title"] == "kept"
+    finally:
+        stack.ok("down")
+        for name in (":bad", ":good", "-bad", "-good"):
+            stack.engine("rmi", "--force", engine.local(f"opencode-server-test{name}"))

@@ -38,31 +38,45 @@ def environment(played: Pod) -> dict[str, str]:
     return {each["name"]: each["value"] for each in container(played)["env"]}
 
 
-@pytest.mark.parametrize("component", [False, True])
-def test_the_overlay_of_a_team_is_strictly_valid_kubernetes(tmp_path: Path, component: bool) -> None:  # noqa: FBT001
+def team(tmp_path: Path, *components: str) -> list[dict[str, Any]]:
+    """Render a team's overlay, and have each document of it checked against the schema of Kubernetes."""
     shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
-    team = tmp_path / "deploy/kubernetes/team"
+    overlay = tmp_path / "deploy/kubernetes/team"
     for name in ("server.env", "backup.env", "datadog.env"):
-        shutil.copy(team / f"{name}.example", team / name)
-    if component:
-        kustomization = team / "kustomization.yaml"
-        kustomization.write_text(kustomization.read_text().replace("# components:", "components:"))
-    rendered = subprocess.run([BIN / "kubectl", "kustomize", team], capture_output=True, text=True, check=True).stdout
+        shutil.copy(overlay / f"{name}.example", overlay / name)
+    with (overlay / "kustomization.yaml").open("a") as file:
+        file.write(f"components: {json.dumps([f'../{name}' for name in components])}\n")
+    rendered = subprocess.run(
+        [BIN / "kubectl", "kustomize", overlay], capture_output=True, text=True, check=True
+    ).stdout
     (tmp_path / "all.yaml").write_text(rendered)
     argv = [str(BIN / "kubernetes-validate"), "--strict", str(tmp_path / "all.yaml")]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    documents = list(yaml.safe_load_all(rendered))
+    return list(yaml.safe_load_all(rendered))
+
+
+def named(documents: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
+    return next(each for each in documents if (each["kind"], each["metadata"]["name"]) == (kind, name))
+
+
+@pytest.mark.parametrize("components", [(), ("datadog",), ("restore",), ("datadog", "restore")])
+def test_the_overlay_of_a_team_is_strictly_valid_kubernetes(tmp_path: Path, components: tuple[str, ...]) -> None:
+    documents = team(tmp_path, *components)
     kinds = {document["kind"] for document in documents}
     assert {"StatefulSet", "CronJob", "NetworkPolicy", "PodDisruptionBudget", "Secret", "ConfigMap"} <= kinds
     assert {document["metadata"]["namespace"] for document in documents if document["kind"] != "Namespace"} == {
         "opencode-team"
     }
-    server = next(
-        each for each in documents if each["kind"] == "StatefulSet" and each["metadata"]["name"] == "opencode"
-    )
-    agent = server["spec"]["template"]["spec"]["containers"][0]["env"][0]
-    assert agent.get("value") == ("opencode-datadog" if component else None)
+    server = named(documents, "StatefulSet", "opencode")["spec"]
+    agent = server["template"]["spec"]["containers"][0]["env"][0]
+    assert agent.get("value") == ("opencode-datadog" if "datadog" in components else None)
+    restoring = "restore" in components
+    assert server["replicas"] == (0 if restoring else 1)
+    job = named(documents, "CronJob", "opencode-backup")["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    assert job["containers"][0]["args"] == (["restore"] if restoring else ["run", "--prune"])
+    # Two pods share a volume that one node may mount: the server's, unless it does not run.
+    assert ("affinity" in job) is not restoring
 
 
 def test_each_part_is_closed_and_bounded_in_the_cluster_and_as_podman_plays_it() -> None:

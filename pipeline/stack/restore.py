@@ -1,0 +1,59 @@
+"""``restore``: put a backup back into the stack, with the server stopped while its own database and files come back."""
+
+from __future__ import annotations
+
+from pipeline import process
+from pipeline.engine import Engine
+from pipeline.errors import NoStack, RestoreStopped
+from pipeline.report import ok, say
+from pipeline.settings import Settings
+from pipeline.stack import life
+from pipeline.stack.runner import BACKUP, JOB_USER, Runner
+
+SERVERS_OWN = ("opencode", "files")
+"""What of a backup is the server's: the rest are databases, which run on while they are restored."""
+
+
+def restore(
+    settings: Settings,
+    engine: Engine,
+    backup: str = "",
+    *,
+    only: str = "",
+    replace: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Restore a backup (the newest when empty), or of it the parts ``only``, and start the server again.
+
+    Raises NoStack, RestoreStopped, StackBusy, PartDown.
+    """
+    run = life.of(settings, engine)
+    if not run.state("backup").running:
+        raise NoStack("there is no backup role to restore with", "inv up starts it.")
+    words = [*([backup] if backup else []), *(["--only", only] if only else []), *(["--replace"] if replace else [])]
+    stops = not only or any(part in only for part in SERVERS_OWN)
+    if dry_run:
+        _run(run, *words, "--dry-run")
+        say(f"restore: would {'stop the server, and start it afterwards' if stops else 'leave the server running'}")
+        return
+    with life.alone(settings):
+        if stops:
+            run.end("opencode")
+            ok("the server is stopped")
+        try:
+            _run(run, *words)
+        finally:
+            if stops:
+                run.start("opencode")
+                life.wait(run, settings, "opencode")
+                ok("the server is up again")
+
+
+def _run(run: Runner, *words: str) -> None:
+    """Run the backup's own restore, its words shown as they come. Raises RestoreStopped."""
+    argv = run.engine.argv("exec", "--user", JOB_USER, run.container("backup"), BACKUP, "restore", *words)
+    done = process.run(argv, env=run.engine.env, terminal=True)
+    if not done.ok:
+        raise RestoreStopped(
+            f"backup restore ended with {done.code}", "It says why, and what to do, above; docs/backup.md says more."
+        )
