@@ -21,7 +21,7 @@ def lint_argvs(bin_directory: Path) -> dict[str, list[str]]:
         "ruff check": [python, "-m", "ruff", "check", "--quiet", "."],
         "ruff format": [python, "-m", "ruff", "format", "--quiet", "--diff", "."],
         "mypy --strict": [python, "-m", "mypy"],
-        "hadolint": [str(bin_directory / "hadolint"), "--no-color", "Containerfile"],
+        "hadolint": [str(bin_directory / "hadolint"), "--no-color", "Containerfile", "deploy/databases/Containerfile"],
         "shellcheck": [str(bin_directory / "shellcheck"), *SCRIPTS],
     }
 
@@ -47,7 +47,11 @@ def test(*, unit: bool = False, keyword: str = "") -> None:
     lint()
     if not unit:
         host.setup("auto", tests=True)
-    argv = [sys.executable, "-m", "pytest", *(["tests/unit"] if unit else []), *(["-k", keyword] if keyword else [])]
+    argv = [sys.executable, "-m", "pytest"]
+    if unit or keyword:
+        argv += [*(["tests/unit"] if unit else []), *(["-k", keyword] if keyword else [])]
+    else:
+        argv += ["--numprocesses", "3", "--dist", "loadscope"]  # tests/conftest.py says what goes together
     done = process.run(argv, cwd=ROOT, terminal=True)
     if not done.ok:
         raise ChecksFailed(f"pytest ended with {done.code}", "Its report is above; inv test -k NAME runs one again.")

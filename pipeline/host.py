@@ -40,6 +40,7 @@ image where no registry answers.
 FOR_TESTS: Mapping[Manager, Mapping[str, str]] = {
     "apt-get": {
         "dockerd": "docker.io docker-cli",
+        "docker-compose": "docker-compose",
         "docker-registry": "docker-registry",
         "iptables": "iptables",
         "ip": "iproute2",
@@ -53,6 +54,7 @@ FOR_TESTS: Mapping[Manager, Mapping[str, str]] = {
     },
     "dnf": {
         "dockerd": "moby-engine docker-cli",
+        "docker-compose": "docker-compose",
         "registry": "docker-distribution",
         "iptables": "iptables-nft",
         "ip": "iproute",

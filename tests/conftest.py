@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from pipeline import engine as engines
 from pipeline import process
@@ -27,6 +28,25 @@ from pipeline.settings import ROOT
 IMAGE = "opencode-server-test"
 BRIDGE, SUBNET = f"oc-test{os.getpid()}", f"172.31.{os.getpid() % 250}.1/24"
 """Of this run alone: another may go on beside it. A name holds 15 characters."""
+
+
+class ByEngine(LoadScopeScheduling):  # type: ignore[misc]  # has no annotations
+    """The tests with an engine's image are one process's, which builds it; all others, file by file, whose turn it is.
+
+    xdist's own groups do nothing with pytest 9.2, which has no Node._nodeid that they could change.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        if "tests/unit/" in nodeid:
+            return nodeid.partition("::")[0]
+        if "[docker" in nodeid:
+            return "docker"
+        return "podman" if "[podman" in nodeid or "tests/image/" in nodeid else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByEngine:
+    """Have the tests' processes take what ``ByEngine`` gives them."""
+    return ByEngine(config, log)
 
 
 class Dockerd:
@@ -130,11 +150,17 @@ class Checkout:
     env: dict[str, str]
     aside: Path
 
-    def start(self, *words: str, env: dict[str, str] | None = None) -> Running:
+    def argv(self, *words: str) -> list[str]:
+        """Return the command that is ``inv`` here."""
+        return [sys.executable, "-P", "-m", "invoke", "--search-root", str(self.root), *words]
+
+    def environ(self, env: dict[str, str] | None = None) -> dict[str, str]:
+        """Return the environment of ``inv`` here."""
         # A terminal's reader sees each line as it is printed; so must a test that waits for one.
-        environ = {**os.environ, **self.env, "PYTHONUNBUFFERED": "1", **(env or {})}
-        argv = [sys.executable, "-P", "-m", "invoke", "--search-root", str(self.root), *words]
-        pipe = subprocess.PIPE
+        return {**os.environ, **self.env, "PYTHONUNBUFFERED": "1", **(env or {})}
+
+    def start(self, *words: str, env: dict[str, str] | None = None) -> Running:
+        environ, argv, pipe = self.environ(env), self.argv(*words), subprocess.PIPE
         child = subprocess.Popen(argv, cwd=self.root, env=environ, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe,
                                  text=True, errors="replace")  # fmt: skip
         return Running(child)

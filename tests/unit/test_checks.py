@@ -41,7 +41,12 @@ def test_the_calls_of_the_linters() -> None:
         "ruff check": [*python, "ruff", "check", "--quiet", "."],
         "ruff format": [*python, "ruff", "format", "--quiet", "--diff", "."],
         "mypy --strict": [*python, "mypy"],
-        "hadolint": [str(Path(sys.executable).with_name("hadolint")), "--no-color", "Containerfile"],
+        "hadolint": [
+            str(Path(sys.executable).with_name("hadolint")),
+            "--no-color",
+            "Containerfile",
+            "deploy/databases/Containerfile",
+        ],
         "shellcheck": [str(Path(sys.executable).with_name("shellcheck")), *checks.SCRIPTS],
     }
 
@@ -71,7 +76,8 @@ def test_tests_run_after_lint_and_only_units_need_no_engine(finding: Finding) ->
     assert calls[-1] == [sys.executable, "-m", "pytest", "tests/unit", "-k", "engine"]
     assert ["setup", "tests"] not in calls
     checks.test()
-    assert calls[-2:] == [["setup", "tests"], [sys.executable, "-m", "pytest"]]
+    parallel = ["--numprocesses", "3", "--dist", "loadscope"]
+    assert calls[-2:] == [["setup", "tests"], [sys.executable, "-m", "pytest", *parallel]]
     finding("pytest")
     with pytest.raises(ChecksFailed, match="pytest ended with 1"):
         checks.test(unit=True)

@@ -247,10 +247,10 @@ def test_what_the_tests_need_is_what_is_missing(machine: Machine) -> None:
     machine.program("dockerd")
     machine.program("openssl")
     assert host.lacking("apt-get", engine=True, tests=False) == []
-    tools = ["docker-registry", "iptables", "iproute2", "rclone", "redis-tools"]
+    tools = ["docker-compose", "docker-registry", "iptables", "iproute2", "rclone", "redis-tools"]
     tools += ["cron", "faketime", "apache2-utils", "systemd"]
     assert host.lacking("apt-get", engine=True, tests=True) == tools
-    tools = ["docker-distribution", "iptables-nft", "iproute", "rclone", "redis"]
+    tools = ["docker-compose", "docker-distribution", "iptables-nft", "iproute", "rclone", "redis"]
     tools += ["cronie", "libfaketime", "httpd-tools", "systemd"]
     assert host.lacking("dnf", engine=True, tests=True) == tools
 
