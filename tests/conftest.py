@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from xdist.scheduler import LoadScopeScheduling
 
 from pipeline import engine as engines
@@ -62,6 +63,11 @@ class Dockerd:
         assert program, "dockerd is not installed; inv setup --tests installs it"
         self.home.mkdir(exist_ok=True)
         (self.home / "pid").unlink(missing_ok=True)  # what a killed one has left
+        # Two that start in the same moment fail over each other's chains in iptables.
+        with FileLock(Path(tempfile.gettempdir()) / "opencode-server-dockerd.lock"):
+            self._start(program)
+
+    def _start(self, program: str) -> None:
         words = [program, "--data-root", f"{self.home}/data", "--exec-root", f"{self.home}/exec"]
         words += ["--pidfile", f"{self.home}/pid", "--bridge", BRIDGE, "--host", self.env["DOCKER_HOST"]]
         with (self.home / "log").open("ab") as log:

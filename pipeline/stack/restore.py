@@ -30,11 +30,16 @@ def restore(
     run = life.of(settings, engine)
     if not run.state("backup").running:
         raise NoStack("there is no backup role to restore with", "inv up starts it.")
-    words = [*([backup] if backup else []), *(["--only", only] if only else []), *(["--replace"] if replace else [])]
+    which = [backup] if backup else []
+    words = ["restore", *which, *(["--only", only] if only else []), *(["--replace"] if replace else [])]
     stops = not only or any(part in only for part in SERVERS_OWN)
+    if dry_run and stops:
+        # A restore refuses a database in use, and looks no further: the backup at least can be read back.
+        _run(run, "verify", *which)
+        say("restore: would stop the server, and start it afterwards")
+        return
     if dry_run:
         _run(run, *words, "--dry-run")
-        say(f"restore: would {'stop the server, and start it afterwards' if stops else 'leave the server running'}")
         return
     with life.alone(settings):
         if stops:
@@ -50,10 +55,10 @@ def restore(
 
 
 def _run(run: Runner, *words: str) -> None:
-    """Run the backup's own restore, its words shown as they come. Raises RestoreStopped."""
-    argv = run.engine.argv("exec", "--user", JOB_USER, run.container("backup"), BACKUP, "restore", *words)
+    """Run the backup's command line, its words shown as they come. Raises RestoreStopped."""
+    argv = run.engine.argv("exec", "--user", JOB_USER, run.container("backup"), BACKUP, *words)
     done = process.run(argv, env=run.engine.env, terminal=True)
     if not done.ok:
         raise RestoreStopped(
-            f"backup restore ended with {done.code}", "It says why, and what to do, above; docs/backup.md says more."
+            f"backup {words[0]} ended with {done.code}", "It says why, and what to do, above; docs/backup.md says more."
         )
