@@ -57,10 +57,10 @@ def rollback(context: Context, to: str = "previous", engine: str = "", dry_run: 
 @task(help={"keep": "how many dated builds to keep; nightly.keep otherwise", **ENGINE})
 def prune(context: Context, keep: int = 0, engine: str = "", dry_run: bool = False) -> None:
     """Remove old builds and what they stood on; never what is tagged otherwise, or running."""
-    from pipeline import release
+    from pipeline import prune as images
 
     with engine_of(context, engine) as (settings, found):
-        release.prune(settings, found, keep or settings.nightly.keep, dry_run=dry_run)
+        images.prune(settings, found, keep or settings.nightly.keep, dry_run=dry_run)
 
 
 @task(help={"to": "REGISTRY/REPOSITORY", "image": "another image than latest", **ENGINE})

@@ -32,6 +32,7 @@ MERGED_USR = Path("/usr/share/mmdebstrap/hooks/merged-usr")
 PULL_SECONDS = 900
 """How long 80 MB from a registry may take before the next one is tried."""
 
+NAME = "opencode-server-base"
 MADE = "opencode-server.base"
 """The label of a base that was made here; the real one has no such label."""
 
@@ -108,7 +109,7 @@ def tag_of(lock: Lock, *, made: bool) -> str:
         [lock.digest, *other] if not made else [RECIPE, lock.debian, lock.node, *map("=".join, lock.packages().items())]
     )
     kind = "made" if made else "pulled"
-    return f"opencode-server-base:{kind}-{hashlib.sha256(' '.join(said).encode()).hexdigest()[:12]}"
+    return f"{NAME}:{kind}-{hashlib.sha256(' '.join(said).encode()).hexdigest()[:12]}"
 
 
 def here(engine: Engine, settings: Settings) -> Base | None:

@@ -35,8 +35,15 @@ SPLIT = "FROM runtime AS server"
 
 RUNTIME_LOCKS = ("locks/npm/*/*.json", "locks/image.txt", "locks/uv.txt")
 
+RUNTIME = "opencode-server-runtime"
+
 OCI = "org.opencontainers.image"
 OURS = "opencode-server.openagents"
+BUILD_OF, RUNTIME_OF = "opencode-server.build", "opencode-server.runtime"
+"""Labels that say for which image name a build, or a runtime, was made. A build inherits the runtime's."""
+
+NIGHTLY = "-nightly"
+"""What a night's builds are called besides."""
 
 
 @dataclass
@@ -101,10 +108,12 @@ def build(settings: Settings, engine: Engine, *, cache: bool = True, dry_run: bo
     certificates = ca.stage(settings.ca)
     say(f"build: {engine.name}, {found.reference}, {fetched.kind} {fetched.commit[:12]}, {certificates} extra CAs")
     began, steps = time.monotonic(), Steps()
-    labelled = labels(found, fetched, edited=tree != fetched.tree)
+    owner = owner_of(settings.image)
+    labelled = {BUILD_OF: owner, **labels(found, fetched, edited=tree != fetched.tree)}
     if not cache or engine.image(engine.local(runtime)) is None:
         say("build: runtime (everything that is fetched); it is built once for these locks")
-        _run(engine, steps, tag=runtime, base_reference=found.reference, target="runtime", cache=cache)
+        whose = {RUNTIME_OF: owner}
+        _run(engine, steps, tag=runtime, base_reference=found.reference, target="runtime", labels=whose, cache=cache)
     tag = f"{settings.image}:candidate"
     _run(
         engine,
@@ -152,7 +161,8 @@ def _run(
     with tempfile.TemporaryDirectory(dir=temporary, ignore_cleanup_errors=True) as scratch:
         containerfile = Path(scratch) / "Containerfile"
         text = read_containerfile(ROOT)
-        containerfile.write_text(server_part(text, runtime, labels or {}) if runtime else text)
+        part = server_part(text, runtime, labels or {}) if runtime else runtime_part(text, labels or {})
+        containerfile.write_text(part)
         argv = engine.build(
             ROOT,
             tag=tag,
@@ -196,6 +206,12 @@ def server_part(text: str, runtime: str, labels: dict[str, str]) -> str:
     """
     above, _, below = text.partition(f"\n{SPLIT}\n")
     return "\n" * (above.count("\n") + 1) + SPLIT.replace("runtime", runtime, 1) + "\n" + below + label_line(labels)
+
+
+def runtime_part(text: str, labels: dict[str, str]) -> str:
+    """Return the Containerfile with ``labels`` at the end of its last stage but one."""
+    above, _, below = text.partition(f"\n{SPLIT}\n")
+    return f"{above}{label_line(labels)}\n{SPLIT}\n{below}"
 
 
 def label_line(labels: dict[str, str]) -> str:
@@ -260,7 +276,12 @@ def runtime_tag(root: Path, base_reference: str) -> str:
     digest.update(read_containerfile(root).partition(f"\n{SPLIT}\n")[0].encode())
     for path in sorted(path for pattern in RUNTIME_LOCKS for path in root.glob(pattern)):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return f"opencode-server-runtime:{digest.hexdigest()[:12]}"
+    return f"{RUNTIME}:{digest.hexdigest()[:12]}"
+
+
+def owner_of(image: str) -> str:
+    """Return the name by which images say whose they are: a night's builds are those of the image that it releases."""
+    return image.removesuffix(NIGHTLY)
 
 
 def inputs_of(root: Path, openagents_tree: str) -> dict[str, str]:

@@ -23,11 +23,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from pipeline import base, bump, history, openagents, process, release
+from pipeline import base, bump, history, openagents, process, prune, release
 from pipeline import engine as engines
 from pipeline.engine import Engine
 from pipeline.errors import LocalEdits, NightFailed, NightSkipped, NotWritable, PipelineError, SourcesUnreachable
-from pipeline.image import RUNTIME_LOCKS, now, runtime_tag
+from pipeline.image import NIGHTLY, RUNTIME_LOCKS, now, runtime_tag
 from pipeline.records import read_json, write_json
 from pipeline.report import console, ok, say, warn
 from pipeline.settings import BUILD, ROOT, Settings
@@ -191,7 +191,7 @@ class Night:
         assert self.engine  # noqa: S101 -- the first step
         config = self.settings.model_dump(mode="json", exclude={"nightly", "notify"})
         settings = self.place / "settings.json"  # JSON is YAML too; given so, it is above every variable
-        write_json(settings, {**config, "engine": self.engine.name, "image": f"{self.settings.image}-nightly"})
+        write_json(settings, {**config, "engine": self.engine.name, "image": f"{self.settings.image}{NIGHTLY}"})
         argv = [
             sys.executable,
             "-P",
@@ -281,8 +281,8 @@ def _begun(night: Night) -> bool:
 
 def _tidy(night: Night) -> None:
     assert night.engine  # noqa: S101 -- it has released
-    night.engine.ask(night.engine.argv("rmi", night.engine.local(f"{night.settings.image}-nightly:candidate")))
-    release.prune(night.settings, night.engine, night.settings.nightly.keep)
+    night.engine.ask(night.engine.argv("rmi", night.engine.local(f"{night.settings.image}{NIGHTLY}:candidate")))
+    prune.prune(night.settings, night.engine, night.settings.nightly.keep)
 
 
 def remove(place: Path) -> None:

@@ -1,8 +1,7 @@
-"""Which image people run: promote, roll back, prune. A release is a retag of an image that passed, by its ID."""
+"""Which image people run: promote, roll back. A release is a retag of an image that passed, by its ID."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from datetime import datetime
@@ -157,56 +156,6 @@ def release(settings: Settings, engine: Engine, name: str = "", *, dry_run: bool
         return
     if not promote(settings, engine, image, smoke.smoke(settings, engine, image["Id"])):
         raise NotReleased("the image holds only the starter, and latest OpenAgents", "Fetch OpenAgents, and build.")
-
-
-def prune(settings: Settings, engine: Engine, keep: int, *, dry_run: bool = False) -> list[str]:
-    """Remove all but the ``keep`` newest dated builds, and what no build stands on any more; return what went.
-
-    Never an image that has another tag, or a container, running or not.
-    """
-    named, images = _images(engine)
-    containers = engine.ask(engine.argv("ps", "--all", "--quiet", "--no-trunc")).stdout.split()
-    done = engine.ask(engine.argv("inspect", "--format", "{{.Image}}", *containers)) if containers else None
-    used = set(done.stdout.replace("sha256:", "").split()) if done else set()
-    prefix = engine.local(f"{settings.image}:x")[:-1]
-    dated = {
-        identity: [name for name in names if name.startswith(prefix) and DATED.fullmatch(name[len(prefix) :])]
-        for identity, names in named.items()
-    }
-    builds = sorted((each for each in dated if dated[each]), key=lambda each: _created(images[each]), reverse=True)
-    old = [each for each in builds[keep:] if each not in used and len(dated[each]) == len(named[each])]
-    gone = [name for each in old for name in dated[each]]
-    loose = [each for each in named if not named[each] and kind(images[each]) and each not in used]
-    staying = [images[each]["RootFS"]["Layers"] for each in named if each not in {*old, *loose}]
-    for repository in ("opencode-server-runtime", "opencode-server-base"):
-        mine = [each for each in named if any(f"{repository}:" in name for name in named[each])]
-        newest = max(mine, key=lambda each: _created(images[each]), default="")
-        for each in mine:
-            layers = images[each]["RootFS"]["Layers"]
-            above = [other for other in staying if len(other) > len(layers) and other[: len(layers)] == layers]
-            if each != newest and each not in used and not above:
-                gone += named[each]
-    for name in [*gone, *loose]:
-        say(f"prune: {'would remove' if dry_run else 'removing'} {name}")
-        if not dry_run:
-            engine.ask(engine.argv("rmi", name))
-    return [*gone, *loose]
-
-
-def _images(engine: Engine) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
-    """Return the names of each image here, and what the engine says of it, by ID."""
-    done = engine.ask(engine.argv("images", "--no-trunc", "--format", "{{.ID}} {{.Repository}}:{{.Tag}}"))
-    named: dict[str, list[str]] = {}
-    for line in done.stdout.splitlines():
-        identity, name = line.removeprefix("sha256:").split()
-        named.setdefault(identity, []).extend([] if "<none>" in name else [name])
-    said = json.loads(engine.ask(engine.argv("image", "inspect", *named)).stdout or "[]") if named else []
-    images = {str(image["Id"]).removeprefix("sha256:"): image for image in said}
-    return {identity: names for identity, names in named.items() if identity in images}, images
-
-
-def _created(image: dict[str, Any]) -> str:
-    return str(image["Created"])
 
 
 def _label(image: dict[str, Any], name: str) -> str:

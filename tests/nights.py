@@ -21,7 +21,7 @@ from pipeline import base, bump, history, nightly, openagents, release
 from pipeline import engine as engines
 from pipeline.bump import Bumped, Move
 from pipeline.errors import NightFailed, PipelineError
-from pipeline.image import now, runtime_tag
+from pipeline.image import BUILD_OF, RUNTIME_OF, now, runtime_tag
 from pipeline.nightly import Night
 from pipeline.settings import Settings
 from tests.stub_engine import StubEngine
@@ -95,9 +95,11 @@ class World:
                 runtime = runtime_tag(night.tree, f"base:{night.settings.platform or 1}")
                 layers = ["base", runtime, commit]
                 if "--no-cache" in words or not self.engine.image(runtime):
-                    self.engine.add(runtime, runtime, kind="", created=now(), layers=layers[:2])
+                    whose = {RUNTIME_OF: "opencode-server"}
+                    self.engine.add(runtime, runtime, kind="", created=now(), layers=layers[:2], labels=whose)
                     identity += now() * ("--no-cache" in words)
-                made = {"commit": commit, "kind": self.kind, "created": now(), "layers": layers}
+                made: dict[str, Any] = {"commit": commit, "kind": self.kind, "created": now(), "layers": layers,
+                        "labels": {RUNTIME_OF: "opencode-server", BUILD_OF: "opencode-server"}}  # fmt: skip
                 self.engine.add("opencode-server-nightly:candidate", identity, **made)
                 record = {"id": identity, "seconds": 5}
                 (night.tree / "build/build-docker.json").write_text(json.dumps(record))

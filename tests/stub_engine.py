@@ -44,11 +44,12 @@ class StubEngine(Engine):
         self.write(said)
 
     def add(self, name: str, identity: str, *, kind: str = "openagents", commit: str = "a" * 40, created: str = "2026",
-            layers: Sequence[str] = ()) -> dict[str, Any]:  # fmt: skip
+            layers: Sequence[str] = (), labels: Mapping[str, str] | None = None) -> dict[str, Any]:  # fmt: skip
         said = self.read()
-        labels = {"opencode-server.openagents.kind": kind, "opencode-server.openagents.commit": commit} if kind else {}
+        ours = {"opencode-server.openagents.kind": kind, "opencode-server.openagents.commit": commit} if kind else {}
+        config = {"Labels": {**ours, **(labels or {})}}
         said["images"][identity] = {
-            "Id": f"sha256:{identity}", "Size": 1000, "Created": created, "Config": {"Labels": labels},
+            "Id": f"sha256:{identity}", "Size": 1000, "Created": created, "Config": config,
             "RootFS": {"Layers": list(layers)},
         }  # fmt: skip
         if name:

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from pipeline import history, notify, release
+from pipeline.image import BUILD_OF, RUNTIME_OF
 from pipeline.settings import Settings
-from tests.conftest import Built, Checkout
+from tests.conftest import IMAGE, Built, Checkout
+from tests.image.conftest import derive
 from tests.servers import collector
 
 pytestmark = pytest.mark.engine
@@ -60,6 +62,14 @@ def commit(place: Path) -> str:
     return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
 
 
+def untagged(built: Built, *instructions: str) -> str:
+    """Build an image on top of the candidate, take its name away, and return its ID."""
+    name = derive(built, "untagged", *instructions)
+    identity = str(built.inspect(name)["Id"])
+    assert built.engine.ask(built.engine.argv("untag", name)).ok
+    return identity
+
+
 @pytest.fixture
 def place(built: Built, tmp_path: Path) -> Iterator[Place]:
     upstream, root = tmp_path / "upstream", tmp_path / "checkout"
@@ -94,7 +104,9 @@ def test_nights_release_what_moved_and_find_nothing_else_to_do(place: Place) -> 
     assert tags["previous"] == old["latest"]
     image = engine.image(engine.local(f"{NAME}:latest"))
     assert image
-    assert image["Config"]["Labels"]["opencode-server.openagents.commit"] == new
+    labels = image["Config"]["Labels"]
+    assert (labels["opencode-server.openagents.commit"], labels[BUILD_OF]) == (new, NAME)
+    assert labels[RUNTIME_OF] == IMAGE, "which was made for another image name, and serves this one too"
     assert any(tag.endswith(f"-{new[:7]}") and tags[tag] == tags["latest"] for tag in tags)
     assert json.loads((place.checkout.root / "locks/openagents.json").read_text())["commit"] == new
     assert "another" in (place.checkout.root / "vendor/OpenAgents" / AGENT).read_text()
@@ -136,8 +148,14 @@ def test_an_upstream_that_breaks_the_image_is_never_released_and_the_next_night_
     back = place.checkout.inv("rollback", "--engine", "podman")
     assert back.code == 0, back.stdout + back.stderr
     assert (place.tags()["latest"], place.tags()["previous"]) == (before["latest"], healed_latest)
-    place.checkout.inv("prune", "--keep", "1", "--engine", "podman")
+    engine = place.built.engine
+    ours, theirs = (untagged(place.built, f"LABEL {BUILD_OF}={whose}") for whose in (NAME, "somebody-elses"))
+    pruned = place.checkout.inv("prune", "--keep", "1", "--engine", "podman")
+    assert pruned.code == 0, pruned.stdout + pruned.stderr
     assert {before["latest"], healed_latest} <= set(place.tags().values()), "one is latest, one is previous"
+    assert (engine.image(ours), engine.image(theirs) is None) == (None, False)
+    assert engine.image(place.built.reference), "the image of another name, and what it stands on"
+    engine.ask(engine.argv("rmi", theirs))
 
 
 def test_datadog_is_told_by_the_images_own_client(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -414,10 +414,12 @@ def test_the_runtime_is_built_once_and_the_rest_on_top_of_it(
     assert "BASE=opencode-server-base:pulled-1" in runtime
     assert f"\nFROM {tag} AS server\n" in builder.texts[1]
     assert builder.texts[1].count("FROM") == 1
-    lines = [text.splitlines() for text in builder.texts]
+    lines = [text.splitlines() for text in ((tree / "Containerfile").read_text(), *builder.texts)]
     begins = lines[0].index("FROM runtime AS server")
-    assert lines[1][begins + 1 : -2] == lines[0][begins + 1 :], "a line that an error names is where it says"
-    assert lines[1][-1].startswith('LABEL org.opencontainers.image.title="opencode-server" ')
+    assert lines[1][:begins] == lines[0][:begins], "a line that an error names is where it says"
+    assert lines[1][begins : begins + 3] == ['LABEL opencode-server.runtime="opencode-server"', "", lines[0][begins]]
+    assert lines[2][begins + 1 : -2] == lines[0][begins + 1 :], "here too"
+    assert lines[2][-1].startswith('LABEL opencode-server.build="opencode-server" org.opencontainers.image.title="')
     assert server[server.index("--tag") + 1] == "opencode-server:candidate"
     assert record == json.loads((tree / "build" / "build-docker.json").read_text())
     manifest = json.loads((tree / "build" / "contents-docker.json").read_text())

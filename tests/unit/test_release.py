@@ -1,4 +1,4 @@
-"""Which tags move, which images go, and what a release that was cut short comes to."""
+"""Which tags move, and what a release that was cut short comes to."""
 
 from __future__ import annotations
 
@@ -126,40 +126,6 @@ def test_a_release_whose_image_is_gone_blocks_nothing(engine: StubEngine, tmp_pa
     assert release.finish(engine)
     assert engine.tags() == {}
     assert not release.finish(engine)
-
-
-def test_prune_keeps_the_newest_and_what_is_in_use(engine: StubEngine) -> None:
-    name = "opencode-server"
-    for number in range(6):
-        layers = ["base", f"runtime{number}", "top"]
-        engine.add(f"{name}:2027011{number}-aaaaaaa", f"id{number}", created=f"2027-01-1{number}", layers=layers)
-        engine.add(
-            f"opencode-server-runtime:{number}",
-            f"run{number}",
-            kind="",
-            layers=layers[:2],
-            created=f"2027-01-1{number}",
-        )
-    engine.add("opencode-server-base:made-1", "base", kind="", layers=["base"])
-    engine.add("", "loose", layers=["base", "x"])
-    engine.add("", "somebody's", kind="")
-    engine.tag("id1", f"{name}:previous")
-    engine.tag("id5", f"{name}:latest")
-    said = engine.read()
-    said["containers"]["c"] = "id2"
-    engine.write(said)
-    before = engine.read()
-    gone = release.prune(Settings(), engine, 2, dry_run=True)
-    assert engine.read() == before
-    assert release.prune(Settings(), engine, 2) == gone
-    assert set(gone) == {
-        f"{name}:20270110-aaaaaaa", f"{name}:20270113-aaaaaaa",
-        "opencode-server-runtime:0", "opencode-server-runtime:3", "loose",
-    }  # fmt: skip
-    assert {"id1", "id2", "id4", "id5", "run1", "run2", "run4", "run5", "base", "somebody's"} == set(
-        engine.read()["images"]
-    )
-    assert release.prune(Settings(), engine, 2) == []
 
 
 def test_history_survives_a_torn_line(engine: StubEngine, capsys: pytest.CaptureFixture[str]) -> None:
