@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import base, ca, host, openagents, process
+from pipeline import ancestry, base, ca, host, openagents, process
 from pipeline import engine as engines
 from pipeline.errors import BumpFailed, EngineBroken, GitHostUnreachable, NoEngine, SettingRefused, SourcesUnreachable
 from pipeline.report import say, table, warn
@@ -66,10 +66,14 @@ class Move:
 
 @dataclass
 class Bumped:
-    """What moved, and of which part the pins were kept because its source did not answer, with the reason."""
+    """What moved, and of which part the pins were kept because its source did not answer, with the reason.
+
+    ``remarks`` are what somebody should know of what moved.
+    """
 
     moves: list[Move] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
 
 def bump(
@@ -86,7 +90,7 @@ def bump(
     with tempfile.TemporaryDirectory(prefix=".bump-", dir=root, ignore_cleanup_errors=True) as scratch:
         work = _Work(settings, root, Path(scratch) / "locks", quick=quick)
         shutil.copytree(root / "locks", work.locks)
-        done = Bumped()
+        done = Bumped(remarks=work.remarks)
         with ThreadPoolExecutor(len(PARTS)) as pool:
             for part, future in [(part, pool.submit(getattr(work, part))) for part in chosen]:
                 try:
@@ -111,6 +115,8 @@ def show(done: Bumped, *, dry_run: bool = False) -> None:
         table(f"{'Would move' if dry_run else 'Moved'} {len(rows)} pins", ("in locks/", "pin", "old", "new"), rows)
     else:
         say("bump: every pin is at the newest already")
+    for remark in done.remarks:
+        warn(remark)
     for part, reason in done.kept.items():
         warn(f"{part}: pins kept, its source did not answer: {reason}")
 
@@ -121,13 +127,17 @@ class _Work:
     root: Path
     locks: Path
     quick: bool = False
+    remarks: list[str] = field(default_factory=list)
 
     def openagents(self) -> list[Move]:
         path = self.locks / "openagents.json"
         pin = openagents.Wanted(**json.loads(path.read_bytes()))
         asked = replace(pin, url=self.settings.openagents.url or pin.url, commit="")
-        commit = openagents.resolved(self.settings, asked).commit
-        return self._written(path, {"url": pin.url, "ref": pin.ref, "commit": commit}, "OpenAgents", pin.commit, commit)
+        new = openagents.resolved(self.settings, asked)
+        if new.commit != pin.commit and (remark := ancestry.remark(self.settings, new, pin.commit)):
+            self.remarks.append(f"OpenAgents: {remark}")
+        said = {"url": pin.url, "ref": pin.ref, "commit": new.commit}
+        return self._written(path, said, "OpenAgents", pin.commit, new.commit)
 
     def base(self) -> list[Move]:
         """Ask the registries for the tag's digest, and npm for the packages that the base is made of elsewhere."""

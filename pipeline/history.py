@@ -80,7 +80,8 @@ def show(*, lines: bool = False, last: int = 20) -> None:
 def brief(record: dict[str, Any]) -> str:
     """Return in one phrase why a record ended as it did, or what changed."""
     why = ": ".join(part for part in (record.get("where", ""), record.get("why", "")) if part)
-    return str(why or "; ".join(record.get("moves") or record.get("changes") or []) or record.get("to", ""))
+    changed = [*(record.get("moves") or record.get("changes") or []), *record.get("remarks", [])]
+    return str(why or "; ".join(changed) or record.get("to", ""))
 
 
 def inputs_of(image_id: str) -> str:

@@ -77,6 +77,7 @@ class Night:
             bumped = bump.bump(self.settings, parts, quick=True, root=self.tree)
             bump.show(bumped, dry_run=dry_run)
             self.record |= {"moves": [str(move) for move in bumped.moves], "kept": bumped.kept}
+            self.record |= {"remarks": bumped.remarks} if bumped.remarks else {}
         with self.at("compare"):
             stale = self.compare(engine, moving="openagents" not in bumped.kept)
         if stale is None:

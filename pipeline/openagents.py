@@ -240,13 +240,13 @@ def _clone(settings: Settings, want: Wanted, tree: Path) -> Record:
     (tree / ".git" / "info" / "exclude").write_text("/.fetched.*\n")
     words = ["fetch", "--progress", "--no-tags"]
     try:
-        _talk(settings, want, [*words, "--depth=1", "--", want.url, want.commit], tree)
+        talk(settings, want, [*words, "--depth=1", "--", want.url, want.commit], tree)
     except NoSuchRef as fault:
         if not re.search(_NO_SINGLE_COMMITS, fault.details):
             raise
         report.say("The server hands out no single commits: fetching its whole history.")
         refs = ("+refs/heads/*:refs/remotes/origin/*", "+refs/tags/*:refs/tags/*")
-        _talk(settings, want, [*words, "--", want.url, *refs], tree)
+        talk(settings, want, [*words, "--", want.url, *refs], tree)
         if not repo.git.rev_list("--max-count=1", "--ignore-missing", want.commit):
             raise
     repo.git.checkout("--quiet", "--detach", want.commit)
@@ -264,7 +264,7 @@ def resolved(settings: Settings, want: Wanted) -> Wanted:
         return want
     tag = f"refs/tags/{want.ref}"
     names = ["HEAD"] if want.ref == "HEAD" else [f"refs/heads/{want.ref}", f"{tag}^{{}}", tag]
-    said = _talk(settings, want, ["ls-remote", "--symref", "--", want.url, *names])
+    said = talk(settings, want, ["ls-remote", "--symref", "--", want.url, *names])
     found = {name: value for value, _, name in (line.partition("\t") for line in said.splitlines())}
     commit = next((found[name] for name in names if name in found), "")
     if not commit:
@@ -273,8 +273,11 @@ def resolved(settings: Settings, want: Wanted) -> Wanted:
     return replace(want, ref=branch[1] if branch else want.ref, commit=commit)
 
 
-def _talk(settings: Settings, want: Wanted, words: list[str], cwd: Path | None = None) -> str:
-    """Run one git command that talks to the host, as often as the settings allow, and return its stdout."""
+def talk(settings: Settings, want: Wanted, words: list[str], cwd: Path | None = None) -> str:
+    """Run one git command that talks to the host, as often as the settings allow, and return its stdout.
+
+    Raises GitHostUnreachable, NoSuchRepository, NoSuchRef, DiskFull.
+    """
     import stamina
     from stamina.instrumentation import RetryDetails, set_on_retry_hooks
 

@@ -36,6 +36,7 @@ class World:
     home: Path
     upstream: str = OLD
     kept: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
     broken: dict[str, Exception] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     settings: Settings = field(default_factory=Settings)
@@ -76,7 +77,7 @@ class World:
         if old == self.upstream:
             return Bumped([], self.kept)
         self.pin(root, self.upstream)
-        return Bumped([Move("openagents.json", "OpenAgents", old, self.upstream)], self.kept)
+        return Bumped([Move("openagents.json", "OpenAgents", old, self.upstream)], self.kept, self.remarks)
 
     def here(self, engine: engines.Engine, _settings: Settings) -> base.Base:
         return base.Base(f"base:{engine.platform or 1}", "1", "node", "", made=False)

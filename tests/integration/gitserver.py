@@ -34,6 +34,7 @@ class Server:
     fault: Fault | None = None
     old: bool = False  # speaks only version 0 of the protocol, so hands out nothing but tips
     requests: int = 0
+    sent: int = 0  # bytes
     silent: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
 
@@ -78,6 +79,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             },
         )
         head, _, content = backend.stdout.partition(b"\r\n\r\n")
+        server.sent += len(content)
         fields = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
         self.send_response(int(fields.pop("Status", "200").split()[0]))
         for name, value in fields.items():

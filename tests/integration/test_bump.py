@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -257,11 +258,65 @@ def test_sources_that_accept_and_never_answer(
     assert contents(root) == before
 
 
-def test_an_upstream_that_was_force_pushed_is_followed(root: Path, tmp_path: Path) -> None:
-    shutil.rmtree(tmp_path / "git" / "agents" / ".git")
-    new = commit(tmp_path, "another history", "init")
-    bump(root, "openagents")
+def rewritten(tmp_path: Path) -> str:
+    """Rewrite the upstream's history, as a forced push does: the commit that was pinned is there, and of no branch."""
+    place = tmp_path / "git" / "agents"
+    subprocess.run(["git", "-C", str(place), "checkout", "--quiet", "--orphan", "other"], check=True)
+    subprocess.run(["git", "-C", str(place), "branch", "--quiet", "--delete", "--force", "main"], check=True)
+    subprocess.run(["git", "-C", str(place), "branch", "--quiet", "--move", "main"], check=True)
+    return commit(tmp_path, "another history")
+
+
+def large(tmp_path: Path, text: str) -> str:
+    """Commit a file of 3 MB, and then commit that it is gone."""
+    place = tmp_path / "git" / "agents"
+    (place / "large").write_bytes(os.urandom(3_000_000))
+    (place / "small").write_text(text)
+    subprocess.run(["git", "-C", str(place), "add", "large", "small"], check=True)
+    commit(tmp_path, text)
+    subprocess.run(["git", "-C", str(place), "rm", "--quiet", "large"], check=True)
+    return commit(tmp_path, f"{text}, without it")
+
+
+@pytest.mark.parametrize("protocol", ["http", "file"])
+def test_an_upstream_that_was_force_pushed_is_followed_and_said(
+    root: Path, tmp_path: Path, upstream: Server, capsys: pytest.CaptureFixture[str], protocol: str
+) -> None:
+    place = tmp_path / "git" / "agents"
+    pin = json.loads((root / "locks/openagents.json").read_text())
+    if protocol == "file":
+        pin["url"] = place.as_uri()
+        (root / "locks/openagents.json").write_text(json.dumps(pin))
+    else:
+        subprocess.run(["git", "-C", str(place), "config", "uploadpack.allowFilter", "true"], check=True)
+    old = large(tmp_path, "two")
+    assert bump(root, "openagents").remarks == [], "it has gone on, by two commits"
+    rewritten(tmp_path)
+    new = large(tmp_path, "another two")
+    done = bump(root, "openagents")
     assert json.loads((root / "locks/openagents.json").read_text())["commit"] == new
+    said = f"main was rewritten (a forced push): {old[:12]}, which was pinned, is no longer in its history"
+    assert done.remarks == [f"OpenAgents: {said}"]
+    pins.show(done)
+    assert f"!!    OpenAgents: {said}" in capsys.readouterr().out
+    assert upstream.sent < 20_000, "no files"
+
+
+def test_a_server_that_sends_no_commits_alone_is_asked_for_one_commit_and_no_more(
+    root: Path, tmp_path: Path, upstream: Server
+) -> None:
+    old = head(tmp_path)
+    rewritten(tmp_path)
+    new = large(tmp_path, "more")
+    before = upstream.requests
+    done = bump(root, "openagents")
+    why = f"{upstream.url}/agents hands out no commits without their files"
+    assert done.remarks == [f"OpenAgents: whether main was rewritten since {old[:12]} is not known: {why}"]
+    assert [move.new for move in done.moves] == [new]
+    assert upstream.sent < 20_000, "not its history, which has a file of 3 MB"
+    moved = upstream.requests - before
+    assert bump(root, "openagents").moves == []
+    assert upstream.requests - before - moved < moved, "where nothing has moved nothing is fetched"
 
 
 def test_an_upstream_that_has_vanished_is_no_silence(root: Path, tmp_path: Path) -> None:

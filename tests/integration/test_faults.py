@@ -76,6 +76,15 @@ def test_a_night_releases_and_the_next_finds_nothing_to_do(world: World) -> None
     assert (world.asked, world.state()) == ([], new)
 
 
+def test_a_forced_push_is_in_the_record_and_the_night_goes_on(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.remarks = ["OpenAgents: main was rewritten"]
+    assert world.night() == "released"
+    assert records(world)[-1]["remarks"] == world.remarks
+    said = capsys.readouterr().out
+    assert "!!    OpenAgents: main was rewritten" in said
+    assert "-> bbbbbbbbbbbb; OpenAgents: main was rewritten" in said, "in the last line too, and so in the history"
+
+
 def test_a_dry_run_changes_nothing(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     before, lines = world.state(), len(records(world))
     assert world.night(dry_run=True) == "unchanged"
