@@ -151,14 +151,18 @@ class _Work:
             moves = self._base_packages(lock)
         except _Unreachable as error:
             silent.append(str(error))
-        for repository in (f"{registry.HUB}/library/{lock['image']}", *self.settings.base.mirrors):
+        name = f"{lock['image']}:{lock['tag']}"
+        for repository in ("", *self.settings.base.mirrors):
             try:
-                digest = registry.digest_of(repository, lock["tag"])
+                digest = registry.digest_of(repository or self._repository(name), lock["tag"])
+            except _Unreachable as error:
+                silent.append(str(error))
+                continue
             except OSError as error:  # requests' own are among them
-                silent.append(f"{repository}: {type(error).__name__}")
+                silent.append(f"{repository or name}: {type(error).__name__}")
                 continue
             if digest != lock["digest"]:
-                moves += self._moved(path, f"{lock['image']}:{lock['tag']}", lock["digest"], digest)
+                moves += self._moved(path, name, lock["digest"], digest)
                 lock["digest"] = digest
             break
         else:
@@ -168,6 +172,18 @@ class _Work:
             warn(f"base: some pins are kept, for these did not answer: {'; '.join(silent)}")
         path.write_text(json.dumps(lock, indent=2) + "\n")
         return moves
+
+    def _repository(self, name: str) -> str:
+        """Return where the engine would pull ``name`` from: which registry a short name means is its business."""
+        try:
+            engine = engines.of(self.settings)
+            if found := engine.repository_of(name, timeout=self.settings.network.stall_seconds):
+                return found
+        except (NoEngine, EngineBroken) as error:
+            raise _Unreachable(f"{name}: no engine says which registry has it: {error.what}") from error
+        except subprocess.TimeoutExpired as late:
+            raise _Unreachable(f"{name}: no answer within {late.timeout:g} s") from late
+        raise _Unreachable(f"{name}: {engine.name} does not say which registry has it; name one in base.mirrors")
 
     def _base_packages(self, lock: dict[str, Any]) -> list[Move]:
         pins = dict(spec.rsplit("@", 1) for spec in lock["npm"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import struct
@@ -20,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pipeline import process
 from pipeline.errors import ComposeMissing, DiskFull, EngineBroken, NoEngine
@@ -208,6 +210,21 @@ class Engine:
         if not self.podman:
             return self.argv("pull", *self._for_platform(), reference)
         return self.argv("pull", *_plain(reference), *self._for_platform(), f"docker://{reference}")
+
+    def repository_of(self, name: str, *, timeout: float = ASK_SECONDS) -> str:
+        """Return HOST/PATH of what a short ``name`` (with its tag) means to this engine; nothing if it does not say.
+
+        Raises subprocess.TimeoutExpired.
+        """
+        if not self.podman:
+            host = self.ask(self.argv("info", "--format", "{{.IndexServerAddress}}"), timeout=timeout).stdout.strip()
+            path = name.rpartition(":")[0]
+            return f"{urlsplit(host).netloc}/{path if '/' in path else f'library/{path}'}" if host else ""
+        # No command prints it, but the log tells whom it asks: the mirrors in registries.conf, and the last of all.
+        log = self.ask(self.argv("--log-level", "debug", "manifest", "inspect", name), timeout=timeout).stderr
+        paths = re.findall(r'Trying to access \\?"[^/"]+/([^":]+)', log)
+        hosts = re.findall(r"GET https?://([^/\s]+)/v2/", log)
+        return f"{hosts[-1]}/{paths[-1]}" if hosts and paths else ""
 
     def push(self, reference: str) -> list[str]:
         """Push an image under its name; the digest it has there is the last ``sha256:`` on stdout."""

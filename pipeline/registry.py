@@ -20,9 +20,6 @@ KINDS = ", ".join(
     )
 )  # fmt: skip
 
-HUB = "registry-1.docker.io"
-"""Docker Hub, as those call it that speak with it themselves."""
-
 TRANSFER_SECONDS = 1800
 """How long one push or pull of a whole image may take before it is tried anew."""
 

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import requests
 
+from pipeline import bump, history, process, registry, release, smoke
 from pipeline import engine as engines
-from pipeline import history, process, registry, release, smoke
 from pipeline.engine import Engine, exit_program
 from pipeline.errors import NoSuchRelease, NotPinned, RegistryRefused, RegistryUnreachable
 from pipeline.settings import Settings
@@ -236,3 +236,29 @@ def test_a_public_registry_hands_out_a_token_first() -> None:
             hub.shutdown()
             thread.join()
     assert seen == [None, "Bearer t0k3n"]
+
+
+@pytest.mark.engine
+def test_bump_asks_the_registry_that_the_engine_would_pull_from(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not engine.podman:
+        index = engine.ask(engine.argv("info", "--format", "{{.IndexServerAddress}}")).stdout
+        host, _, path = engine.repository_of("node:20-slim").partition("/")
+        assert (f"//{host}/" in index, path) == (True, "library/node")
+        assert engine.repository_of("team/node:20-slim") == f"{host}/team/node"
+        return
+    lock = {"image": "node", "tag": "20-slim", "digest": "sha256:old", "node": "20.1.0", "npm": {}}
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "locks/base.json").write_text(json.dumps(lock))
+    with served(tmp_path) as host:
+        conf = f'[[registry]]\nprefix = "docker.io"\nlocation = "{host}"\ninsecure = true\n'
+        (tmp_path / "registries.conf").write_text(f'unqualified-search-registries = ["docker.io"]\n{conf}')
+        monkeypatch.setenv("CONTAINERS_REGISTRIES_CONF", str(tmp_path / "registries.conf"))
+        engine.tag(f"localhost/{NAME}:latest", f"{host}/library/node:20-slim")
+        assert engine.ask(engine.push(f"{host}/library/node:20-slim")).ok
+        assert engine.repository_of("node:20-slim") == f"{host}/library/node"
+        monkeypatch.setattr(bump._Work, "_base_packages", lambda *_: [])  # npm's packages are other tests' business
+        monkeypatch.setattr(bump._Work, "schema", lambda *_: "")
+        (move,) = bump.bump(Settings(engine="podman"), ["base"], root=tmp_path).moves
+        assert (move.name, move.new) == ("node:20-slim", registry.digest_of(f"{host}/library/node", "20-slim"))

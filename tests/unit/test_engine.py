@@ -433,3 +433,32 @@ def test_the_proof_program_is_a_whole_elf_of_its_machine(machine: str, number: i
     if number == 183:
         x0, x8, svc = struct.unpack_from("<III", program, 120)
         assert (x0, x8, svc) == (0xD2800000, 0xD2800000 | 93 << 5 | 8, 0xD4000001)
+
+
+# What podman 4.3.1 writes when it looks for node:20-slim, with a mirror in registries.conf that does not have it.
+LOG = """
+time="2026-11-24T17:52:58Z" level=debug msg="Trying to access \\"mirror.example.com/hub/library/node:20-slim\\""
+time="2026-11-24T17:52:58Z" level=debug msg="GET https://mirror.example.com/v2/"
+time="2026-11-24T17:52:58Z" level=debug msg="GET https://mirror.example.com/v2/hub/library/node/manifests/20-slim"
+time="2026-11-24T17:52:58Z" level=debug msg="Trying to access \\"example.com/library/node:20-slim\\""
+time="2026-11-24T17:52:58Z" level=debug msg="GET https://api.example.com:5000/v2/"
+time="2026-11-24T17:52:58Z" level=debug msg="GET https://api.example.com:5000/v1/_ping"
+"""
+
+
+@pytest.mark.parametrize(
+    ("engine", "said", "name", "repository"),
+    [
+        (PODMAN, LOG, "node:20-slim", "api.example.com:5000/library/node"),
+        (PODMAN, "Error: no such image", "node:20-slim", ""),
+        (DOCKER, "https://index.example.com/v1/\n", "node:20-slim", "index.example.com/library/node"),
+        (DOCKER, "https://index.example.com/v1/\n", "team/node:20-slim", "index.example.com/team/node"),
+        (DOCKER, "\n", "node:20-slim", ""),
+    ],
+)
+def test_the_engine_says_which_registry_a_short_name_means(
+    engine: Engine, said: str, name: str, repository: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, err = ("", said) if engine.podman else (said, "")
+    monkeypatch.setattr(process, "run", lambda argv, **_: process.Completed(tuple(argv), 1, out, err, 0.0))
+    assert engine.repository_of(name) == repository
