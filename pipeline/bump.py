@@ -132,7 +132,7 @@ class _Work:
     def openagents(self) -> list[Move]:
         path = self.locks / "openagents.json"
         pin = openagents.Wanted(**json.loads(path.read_bytes()))
-        asked = replace(pin, url=self.settings.openagents.url or pin.url, commit="")
+        asked = replace(pin, url=openagents.address(self.settings.openagents.url or pin.url), commit="")
         new = openagents.resolved(self.settings, asked)
         if new.commit != pin.commit and (remark := ancestry.remark(self.settings, new, pin.commit)):
             self.remarks.append(f"OpenAgents: {remark}")

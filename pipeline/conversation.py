@@ -6,15 +6,16 @@ The model and the Datadog Agent are ``peer.py``, run inside the container, where
 from __future__ import annotations
 
 import json
+import socket
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline import peer
+from pipeline.container import Container
 from pipeline.probes import Probe, Subject, Wrong
 
 SECONDS = 60.0
@@ -75,17 +76,19 @@ def _text(message: dict[str, Any]) -> str:
     return "".join(part.get("text", "") for part in message["parts"])
 
 
-@contextmanager
-def begun(subject: Subject, *, agent: bool = True) -> Iterator[Talk]:
-    """Start the peer, as model and as ``agent``; begin a session and listen to the server's events."""
-    assert subject.container  # noqa: S101 -- asked only of an image
-    container = subject.container
+def bring(container: Container, *, agent: bool = True) -> None:
+    """Start the peer inside, as model and as ``agent``, and wait until it listens. Raises Wrong."""
     program = Path(peer.__file__).read_text()
     ports = map(str, (peer.MODEL, *((peer.TRACES, peer.OTLP) if agent else ())))
     argv = container.engine.exec(container.name, "/usr/bin/python3", "-I", "-c", program, *ports, detach=True)
     container.engine.ask(argv, timeout=30)
-    talk = Talk(subject.settings, subject.server, subject.engine, subject.image, container)
-    seen(talk, wait=10)
+    seen(container, retry=10)
+
+
+@contextmanager
+def begun(subject: Subject) -> Iterator[Talk]:
+    """Begin a session, with a peer that was brought, and listen to the server's events."""
+    talk = Talk(subject.settings, subject.server, subject.engine, subject.image, subject.container)
     listening = subject.server.listen("/event", timeout=SECONDS)
 
     def listen() -> None:
@@ -102,15 +105,26 @@ def begun(subject: Subject, *, agent: bool = True) -> Iterator[Talk]:
         talk.session = talk.ask("POST", "/session", {"title": "a deep smoke"})["id"]
         yield talk
     finally:
-        listening.close()
+        # A stream that another thread reads cannot be closed before that has got something: a heartbeat, every 10 s.
+        connection = listening.raw.connection
+        if connection and connection.sock:
+            with suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
         thread.join(1)
+        listening.close()
 
 
-def seen(talk: Talk, wait: int = 1) -> dict[str, Any]:
-    """Return what the peer has received. Raises Wrong."""
-    url = f"http://127.0.0.1:{peer.MODEL}/seen"
-    retry = ("--retry", str(wait * 10), "--retry-delay", "0", "--retry-connrefused", "--retry-max-time", str(wait))
-    return dict(json.loads(talk.inside("curl", "-fsS", *retry, url)))
+def seen(container: Container, *, retry: int = 1, spans: float = 0) -> dict[str, Any]:
+    """Return what the peer has received, after at most ``spans`` seconds' wait for some of each kind. Raises Wrong.
+
+    It is tried for ``retry`` seconds, until it listens.
+    """
+    url = f"http://127.0.0.1:{peer.MODEL}/seen?{spans}"
+    tried = ("--retry", str(retry * 10), "--retry-delay", "0", "--retry-connrefused", "--retry-max-time", str(retry))
+    done = container.exec("curl", "-fsS", *tried, url, timeout=spans + 30)
+    if not done.ok:
+        raise Wrong(f"what the server talks to does not answer: {done.said[-300:]}")
+    return dict(json.loads(done.stdout))
 
 
 def conversation(talk: Talk) -> str:
@@ -131,7 +145,8 @@ def conversation(talk: Talk) -> str:
         raise Wrong(f"bash printed {states['bash']['output'][:200]!r}")
     if talk.inside("cat", path) != "the answer" or "the answer" not in _text(last):
         raise Wrong(f"what was written is not what was read: {_text(last)[:200]!r}")
-    if faults := seen(talk)["faults"]:
+    assert talk.container  # noqa: S101 -- it has a peer
+    if faults := seen(talk.container)["faults"]:
         raise Wrong(f"the model was asked wrongly: {faults[0]}")
     return f"the model called {', '.join(states)}, and answered"
 
@@ -170,11 +185,10 @@ def command(talk: Talk) -> str:
 def traced(talk: Talk) -> str:
     """The server's spans and those of a Python it started reach the Agent under DD_SERVICE, DD_ENV and DD_VERSION."""
     wanted = dict(zip(("service.name", "deployment.environment.name", "service.version"), NAMES.values(), strict=True))
-    deadline = time.monotonic() + talk.settings.smoke.ready_seconds
-    while not ((got := seen(talk))["resources"] and "sqlite.query" in got["traces"]):
-        if time.monotonic() > deadline:
-            raise Wrong(f"{len(got['resources'])} batches of the server's spans, and of Python: {got['traces'][:100]}")
-        time.sleep(0.2)
+    assert talk.container  # noqa: S101 -- it has a peer
+    got = seen(talk.container, spans=talk.settings.smoke.ready_seconds)
+    if not got["resources"] or peer.QUERIED not in got["traces"]:
+        raise Wrong(f"{len(got['resources'])} batches of the server's spans, and of Python: {got['traces'][:100]}")
     for resource in got["resources"]:
         if wrong := [f"{key}={resource.get(key)}" for key, value in wanted.items() if resource.get(key) != value]:
             raise Wrong(f"the server's spans say {', '.join(wrong)}")
@@ -194,5 +208,8 @@ def resumes(talk: Talk) -> str:
     return f"{len(after)} messages are there after a restart"
 
 
-PROBES = tuple(Probe(each.__name__, "deep", each) for each in (conversation, events, agent, command, traced, resumes))
+PROBES = tuple(Probe(each.__name__, "deep", each) for each in (conversation, events, agent, command, traced))
 """Asked one after the other: each goes on with the session."""
+
+LAST = Probe("resumes", "deep", resumes)
+"""Asked when nothing else is: meanwhile nobody answers."""

@@ -22,6 +22,9 @@ from pipeline.settings import BUILD
 RULES = "2"
 """Raised when what is looked for changes, so that layers are looked at again."""
 
+KEPT = 200
+"""How many layers are remembered; a build after an edit has three new ones, and a night may make such a build."""
+
 SECRET_NAMES = re.compile(
     r"(?:^|/)(?:\.env|\.env\.(?!example|sample|template)[^/]+|\.envrc|\.npmrc|\.netrc|\.pypirc|\.git-credentials|\.git"
     r"|id_(?:rsa|dsa|ecdsa|ed25519)|[^/]+\.(?:p12|pfx|jks|kdbx)|\.(?:bash|python|node_repl)_history|\.docker/config\.json"
@@ -122,7 +125,9 @@ def check(engine: Engine, image: dict[str, Any], extra: dict[str, str]) -> tuple
     missing = [digest for digest in digests if digest not in known]
     if missing:
         known |= {digest: vars(findings) for digest, findings in _look_at(engine, image, set(missing))}
-        write_json(kept_file, {"rules": RULES, "layers": known})
+        # The layers of this image last, so that they are the last to be forgotten.
+        known = {digest: known[digest] for digest in [*(each for each in known if each not in digests), *digests]}
+        write_json(kept_file, {"rules": RULES, "layers": dict([*known.items()][-KEPT:])})
     layers = [Findings(**known[digest]) for digest in digests]
     public = {
         certificate

@@ -264,6 +264,7 @@ def _afterwards(night: Night, outcome: Outcome) -> None:
         lambda: history.append(night.record),
         lambda: notify.tell(night.settings, night.engine, night.record),
         lambda: _tidy(night) if outcome is Outcome.RELEASED else None,
+        lambda: _learn(night) if outcome is Outcome.RELEASED else None,
         # What is staged is still to be brought in, and without an engine nobody knows what is.
         lambda: None if _begun(night) else remove(night.place),
         # Again: the task of a killed night may have gone on for some seconds, and written.
@@ -284,6 +285,14 @@ def _tidy(night: Night) -> None:
     assert night.engine  # noqa: S101 -- it has released
     night.engine.ask(night.engine.argv("rmi", night.engine.local(f"{night.settings.image}{NIGHTLY}:candidate")))
     prune.prune(night.settings, night.engine, night.settings.nightly.keep)
+
+
+def _learn(night: Night) -> None:
+    """Keep what was found out about layers, by their digests: neither a night nor a build here looks at one twice."""
+    assert night.engine  # noqa: S101 -- it has released
+    for name in ("layers.json", f"contents-{night.engine.name}.json"):
+        if (night.tree / "build" / name).exists():
+            (night.tree / "build" / name).replace(BUILD / name)
 
 
 def remove(place: Path) -> None:

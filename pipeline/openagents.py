@@ -169,14 +169,18 @@ def wanted(settings: Settings, *, ref: str = "", url: str = "", latest: bool = F
         remedy = "Restore it: git checkout locks/openagents.json"
         raise errors.LockBroken(f"{PIN} has no url, ref and commit in JSON", remedy, str(error)) from error
     url, ref = url or settings.openagents.url or pinned.url, ref or settings.openagents.ref
-    local = Path(url).expanduser()
-    if "://" not in url and (local.exists() or ":" not in url):
-        url = local.resolve().as_uri()  # git ignores --depth for a plain path
+    url = address(url)
     if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", ref):
         return Wanted(url, ref, ref)
     if ref or latest:
         return Wanted(url, ref or pinned.ref)
     return replace(pinned, url=url, loose=url != pinned.url)
+
+
+def address(url: str) -> str:
+    """Return ``url``, and as a URL what is a path: git ignores --depth and --filter for a plain one."""
+    local = Path(url).expanduser()
+    return local.resolve().as_uri() if "://" not in url and (local.exists() or ":" not in url) else url
 
 
 def _real(settings: Settings, want: Wanted, vendor: Path, tree: Path, *, force: bool) -> Record:

@@ -2,7 +2,8 @@
 
 It runs inside the container, by the image's own Python, and so imports the standard library alone. The model speaks
 OpenAI's streaming chat protocol. A plan in the user's message, ``PLAN [[tool, arguments], …] END``, is carried out a
-call at a time; then it says what the last tool answered. GET /seen on any port tells what was received.
+call at a time; then it says what the last tool answered. GET /seen on any port tells what was received, and
+/seen?SECONDS when there are spans of the server and of a Python that queried, or after that time.
 """
 
 import json
@@ -18,6 +19,10 @@ MODEL, TRACES, OTLP = 14096, 8126, 4318
 
 KEY = "a-key-of-no-account"
 
+QUERIED = "sqlite.query"
+"""What ddtrace calls the span of a query."""
+
+changed = threading.Condition()
 seen: dict[str, Any] = {"resources": [], "spans": 0, "traces": "", "faults": []}
 
 
@@ -75,7 +80,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Tell what was seen, or that this is an Agent."""
-        self.reply(200, seen if self.path == "/seen" else {"version": "7.0.0", "endpoints": ["/v0.4/traces"]})
+        path, _, seconds = self.path.partition("?")
+        if path != "/seen":
+            self.reply(200, {"version": "7.0.0", "endpoints": ["/v0.4/traces"]})
+            return
+        with changed:
+            changed.wait_for(lambda: seen["resources"] and QUERIED in seen["traces"], float(seconds or 0))
+            self.reply(200, seen)
 
     def do_POST(self) -> None:
         """Answer as the model, or take spans."""
@@ -92,13 +103,15 @@ class Handler(BaseHTTPRequestHandler):
                 return
             self.reply(200, "".join(f"data: {event}\n\n" for event in stream(request)))
             return
-        if self.path == "/v1/traces":
-            for each in json.loads(body)["resourceSpans"]:
-                attributes = {entry["key"]: entry["value"] for entry in each["resource"]["attributes"]}
-                seen["resources"].append({key: value.get("stringValue") for key, value in attributes.items()})
-                seen["spans"] += sum(len(scope["spans"]) for scope in each["scopeSpans"])
-        elif self.path.endswith("/traces"):
-            seen["traces"] += re.sub("[^\x20-\x7e]+", " ", body.decode("latin-1"))  # of msgpack, its strings
+        with changed:
+            if self.path == "/v1/traces":
+                for each in json.loads(body)["resourceSpans"]:
+                    attributes = {entry["key"]: entry["value"] for entry in each["resource"]["attributes"]}
+                    seen["resources"].append({key: value.get("stringValue") for key, value in attributes.items()})
+                    seen["spans"] += sum(len(scope["spans"]) for scope in each["scopeSpans"])
+            elif self.path.endswith("/traces"):
+                seen["traces"] += re.sub("[^\x20-\x7e]+", " ", body.decode("latin-1"))  # of msgpack, its strings
+            changed.notify_all()
         self.reply(200, {})
 
     def do_PUT(self) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import time
+from base64 import b64encode
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from http import HTTPStatus
+from http.client import HTTPConnection
 from threading import Lock
 from typing import Any
+from urllib.parse import urlsplit
 
 from pipeline import ca, layers
 from pipeline.base import architecture
@@ -174,23 +180,33 @@ def skills(subject: Subject) -> str:
 
 def closed(subject: Subject) -> str:
     """With a password set, nobody gets in without it, or with another, by any route that the server documents."""
-    import requests
-
     routes = [(method, path) for path, methods in subject.json("/doc")["paths"].items() for method in methods]
     routes += [("get", path) for path in ("/", "/doc", "/no-such-page")]
     user = os.environ.get("OPENCODE_SERVER_USERNAME", "opencode")
-    let_in = []
-    with subject.server.session() as session:
-        for credentials in (None, (user, "wrong"), ("nobody", subject.server.password)):
-            session.auth = credentials
-            for method, path in routes:
-                url = f"{subject.server.url}{re.sub('{.*?}', 'x', path)}"
-                status = session.request(method, url, timeout=subject.server.timeout).status_code
-                if status != requests.codes.unauthorized:
-                    let_in.append(f"{method.upper()} {path} answered {status} to {credentials or 'nobody'}")
+    everybody = ("", f"{user}:wrong", f"nobody:{subject.server.password}")
+    with ThreadPoolExecutor() as pool:
+        let_in = [
+            each for some in pool.map(lambda who: _let_in(subject.server, routes, who), everybody) for each in some
+        ]
     if let_in:
         raise Wrong(f"{len(let_in)} routes: {'; '.join(let_in[:3])}")
     return f"401 on each of {len(routes)} routes"
+
+
+def _let_in(server: Server, routes: list[tuple[str, str]], credentials: str) -> list[str]:
+    """Return which of ``routes`` answer anything but 401 to these ``credentials``, as USER:PASSWORD or nothing."""
+    signed = {"Authorization": f"Basic {b64encode(credentials.encode()).decode()}"} if credentials else {}
+    let_in = []
+    # Six hundred requests: with requests, which takes four times as long for one, they would be most of a smoke.
+    with contextlib.closing(HTTPConnection(urlsplit(server.url).netloc, timeout=4 * server.timeout)) as connection:
+        for method, path in routes:
+            connection.request(method.upper(), re.sub("{.*?}", "x", path), headers=signed)
+            answer = connection.getresponse()
+            answer.read()
+            if answer.status != HTTPStatus.UNAUTHORIZED:
+                who = credentials.partition(":")[0] or "nobody"
+                let_in.append(f"{method.upper()} {path} answered {answer.status} to {who}")
+    return let_in
 
 
 def hardened(subject: Subject) -> str:

@@ -90,15 +90,20 @@ def ask_image(
 ) -> tuple[list[Answer], float]:
     """Start an image twice, once without a network, and ask every probe; return the answers and seconds to ready.
 
-    The image is asked while the servers start, the second container meanwhile; what is independent runs together.
+    The image is asked while its server starts; what is independent runs together. The second container starts with
+    the first, or, after a conversation, while that starts once more: two servers that start keep two cores busy.
     """
-    patience = settings.smoke
-    password = secrets.token_urlsafe(24)
+    patience, password = settings.smoke, secrets.token_urlsafe(24)
+    under_way: list[Future[Any]] = []
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(8) as pool:
-        early: Future[list[Answer]] | None = None
-        try:
+
+        def begin(*call: Any) -> Future[Any]:
             with process.deferred():
-                early = pool.submit(_with_offline, settings, engine, image)
+                under_way.append(pool.submit(*call))
+            return under_way[-1]
+
+        try:
+            offline = None if deep else begin(_with_offline, settings, engine, image)
             container = stack.enter_context(
                 running(
                     engine,
@@ -111,24 +116,30 @@ def ask_image(
             )
             assert container.server is not None  # noqa: S101 -- it was published
             subject = probes.Subject(settings, container.server, engine, image, container)
-            about_image = pool.submit(_ask, probes.IMAGE_PROBES, subject)
+            peer = begin(conversation.bring, container) if deep else None
+            about_image = begin(_ask, probes.IMAGE_PROBES, subject)
             container.wait_ready(patience.ready_seconds)
-            ok(f"{'ready':14} {container.ready_seconds:5.2f} s  /config answers 200")
-            answers = [Answer("ready", passed=True, seconds=container.ready_seconds, detail="/config answers 200")]
-            answers += _ask(probes.PROBES, subject) + about_image.result() + early.result()
-            if deep:
-                answers += _converse(subject)
+            ready = Answer("ready", passed=True, seconds=container.ready_seconds, detail="/config answers 200")
+            ok(f"{ready.name:14} {ready.seconds:5.2f} s  {ready.detail}")
+            about_server = begin(_ask, probes.PROBES, subject)
+            # Here and not in a thread: Ctrl-C ends what this one waits for, and a turn may take a minute.
+            talked, talk = _converse(subject, peer) if peer else ([], None)
+            wait([about_server, about_image])
+            offline = offline or begin(_with_offline, settings, engine, image)
+            if talk:
+                talked.append(_answer(conversation.LAST, talk))
+            answers = [ready, *about_server.result(), *about_image.result(), *offline.result(), *talked]
         except BaseException:
-            # What the other thread waits for ends when its container does, however far it has come.
+            # What the other threads wait for ends when its container does, however far it has come.
             enough = time.monotonic() + LEAVING_SECONDS
-            while early and not wait([early], timeout=0.3).done:
+            while wait(under_way, timeout=0.3).not_done:
                 remove_leftovers(engine, whose=os.getpid())
                 if time.monotonic() > enough:
                     process.kill_all()  # podman exec, begun while its container is removed, may wait for ever
             raise
         if any(not answer.passed for answer in answers):
             say(container.logs())
-    return answers, container.ready_seconds
+    return answers, ready.seconds
 
 
 def _with_offline(settings: Settings, engine: Engine, image: dict[str, Any]) -> list[Answer]:
@@ -140,15 +151,16 @@ def _with_offline(settings: Settings, engine: Engine, image: dict[str, Any]) -> 
         return answers
 
 
-def _converse(subject: probes.Subject) -> list[Answer]:
+def _converse(subject: probes.Subject, peer: Future[None]) -> tuple[list[Answer], conversation.Talk | None]:
     """Ask the deep probes, one after the other; what cannot even begin is the first one's answer."""
     try:
+        peer.result()
         with conversation.begun(subject) as talk:
-            return [_answer(probe, talk) for probe in conversation.PROBES]
+            return [_answer(probe, talk) for probe in conversation.PROBES], talk
     except (probes.Wrong, PipelineError, OSError) as error:
         detail = f"{type(error).__name__}: {error}"
         fail(f"{'conversation':14} {detail}")
-        return [Answer("conversation", passed=False, seconds=0.0, detail=detail)]
+        return [Answer("conversation", passed=False, seconds=0.0, detail=detail)], None
 
 
 def _ask(some: Iterable[probes.Probe], subject: probes.Subject) -> list[Answer]:
@@ -213,5 +225,10 @@ def _write_junit(answers: list[Answer], seconds: float) -> None:
 
 
 def _count(*, deep: bool) -> int:
-    asked = (probes.PROBES, probes.IMAGE_PROBES, probes.OFFLINE_PROBES, conversation.PROBES if deep else ())
+    asked = (
+        probes.PROBES,
+        probes.IMAGE_PROBES,
+        probes.OFFLINE_PROBES,
+        (*conversation.PROBES, conversation.LAST) if deep else (),
+    )
     return sum(map(len, asked)) + 1

@@ -107,6 +107,7 @@ class World:
             case "smoke":
                 report = {"ready_seconds": 2, "probes": [{"name": "a", "passed": True, "seconds": 1}]}
                 (night.tree / "build/smoke.json").write_text(json.dumps(report))
+                (night.tree / "build/layers.json").write_text(json.dumps({"layers": {commit: {}}}))
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:

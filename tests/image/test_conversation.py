@@ -53,7 +53,8 @@ def talking(built: Built, *, agent: bool, env: dict[str, str] | None = None) -> 
         container.wait_ready(60)
         assert container.server
         subject = Subject(Settings(), container.server, built.engine, built.inspect(), container)
-        with conversation.begun(subject, agent=agent) as talk:
+        conversation.bring(container, agent=agent)
+        with conversation.begun(subject) as talk:
             yield talk
 
 
@@ -61,7 +62,7 @@ def test_every_deep_probe_passes_and_is_a_line(built: Built) -> None:
     done = built.inv("smoke", "--deep")
     assert done.code == 0, done.stdout + done.stderr
     passed = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("ok ")}
-    assert {probe.name for probe in conversation.PROBES} <= passed
+    assert {probe.name for probe in (*conversation.PROBES, conversation.LAST)} <= passed
 
 
 @pytest.mark.usefixtures("unmoved")
@@ -97,7 +98,7 @@ def test_opencodes_own_client_has_a_conversation(built: Built) -> None:
         assert told["said"] == "The last tool said: from the SDK\n"
         assert {"server.connected", "session.created", "message.part.updated", "session.idle"} <= set(told["seen"])
         assert "with the SDK" in told["found"]
-        assert conversation.seen(talk)["faults"] == []
+        assert conversation.seen(talk.container)["faults"] == []
 
 
 def within(container: Container) -> tuple[str, ...]:

@@ -279,14 +279,14 @@ def large(tmp_path: Path, text: str) -> str:
     return commit(tmp_path, f"{text}, without it")
 
 
-@pytest.mark.parametrize("protocol", ["http", "file"])
+@pytest.mark.parametrize("protocol", ["http", "file", "path"])
 def test_an_upstream_that_was_force_pushed_is_followed_and_said(
     root: Path, tmp_path: Path, upstream: Server, capsys: pytest.CaptureFixture[str], protocol: str
 ) -> None:
     place = tmp_path / "git" / "agents"
     pin = json.loads((root / "locks/openagents.json").read_text())
-    if protocol == "file":
-        pin["url"] = place.as_uri()
+    if protocol != "http":
+        pin["url"] = place.as_uri() if protocol == "file" else str(place)
         (root / "locks/openagents.json").write_text(json.dumps(pin))
     else:
         subprocess.run(["git", "-C", str(place), "config", "uploadpack.allowFilter", "true"], check=True)

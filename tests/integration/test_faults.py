@@ -71,6 +71,8 @@ def test_a_night_releases_and_the_next_finds_nothing_to_do(world: World) -> None
     assert released["moves"] == [f"OpenAgents {OLD[:12]} -> {NEW[:12]}"]
     assert released["tag"] in world.engine.tags()
     assert set(released["steps"]) == {"engine", "copy", "bump", "compare", "fetch", "build", "smoke", "release"}
+    looked = json.loads((world.root / "build/layers.json").read_text())
+    assert looked == {"layers": {NEW: {}}}, "what is known of its layers, so that the next need not look"
     new = world.state()
     assert world.night() == "unchanged"
     assert (world.asked, world.state()) == ([], new)

@@ -210,10 +210,16 @@ def test_a_layer_is_looked_at_once(tmp_path: Path, build: Path, monkeypatch: pyt
     assert layers.check(engine, subject, {}) == (faults, 2)
     monkeypatch.setattr(layers, "RULES", "other rules")
     assert layers.check(engine, subject, {}) == ([], 2)
+    monkeypatch.setattr(layers, "KEPT", 2)
+    subject["RootFS"]["Layers"] = ["sha256:2", "sha256:0"]
+    assert layers.check(engine, subject, {}) == ([], 2)
+    assert list(json.loads((build / "layers.json").read_text())["layers"]) == ["sha256:2", "sha256:0"], (
+        "the newest stay"
+    )
     (build / "layers.json").write_text('{"rules": "other ru')  # torn: they are looked at again
     assert layers.check(engine, subject, {}) == ([], 2)
     assert json.loads((build / "layers.json").read_text())["rules"] == "other rules"
-    assert engine.asked == ["history"] * 4
+    assert engine.asked == ["history"] * 5
 
 
 def test_a_ca_of_this_network_is_found_wherever_it_is(tmp_path: Path) -> None:
