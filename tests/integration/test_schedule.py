@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,15 +68,20 @@ def test_the_entry_is_installed_once_shown_and_removed_and_others_stay(tmp_path:
     assert "inv" not in removed
 
 
-def test_a_real_cron_starts_a_real_night(tmp_path: Path) -> None:
-    """At 03:17 by cron's own clock, which begins at seven seconds to."""
+def small_checkout(tmp_path: Path) -> Path:
+    """Return a checkout whose ./inv has no .venv, and whose night is over where it looks for an engine."""
     root = tmp_path / "checkout"
     shutil.copytree(ROOT / "pipeline", root / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("tasks.py", "releases.py", "stacks.py", "invoke.yaml"):
         shutil.copy(ROOT / name, root / name)
-    # What cron starts is ./inv; here one without a .venv, and the night is over where it looks for an engine.
     (root / "inv").write_text(f'#!/bin/sh\nexec {sys.executable} -P -m invoke --search-root {root} "$@"\n')
     (root / "inv").chmod(0o755)
+    return root
+
+
+def test_a_real_cron_starts_a_real_night(tmp_path: Path) -> None:
+    """At 03:17 by cron's own clock, which begins at seven seconds to."""
+    root = small_checkout(tmp_path)
     install = f"schedule(Settings(), at='03:17', root=Path({str(root)!r}))"
     at_once = f"import pipeline.schedule as s; s.DELAY_SECONDS = 0; {install}"
     history = root / "build/history.jsonl"
@@ -115,6 +122,76 @@ def test_the_units_are_what_systemd_takes(tmp_path: Path) -> None:
     )
     assert [line for line in done.stderr.splitlines() if str(tmp_path) in line] == []
     assert done.returncode == 0, done.stderr
+
+
+MANAGER = """
+set -eu
+mount -t tmpfs tmpfs /run
+mkdir -p /run/systemd/system /run/user/0
+chmod 700 /run/user/0
+boot() {{
+    {systemd} --user --unit=default.target </dev/null >>{home}/log 2>&1 &
+    pid=$!
+    patiently is_up
+}}
+is_up() {{ systemctl --user is-system-running 2>/dev/null | grep -qE 'running|degraded'; }}
+patiently() {{ n=0; until "$@"; do n=$((n + 1)); [ $n -lt 200 ]; sleep 0.1; done; }}
+off() {{ kill $pid; wait $pid || true; }}
+"""
+"""A user's systemd in namespaces of its own: it wants to see that the machine was booted by one, and a /run."""
+
+
+@contextlib.contextmanager
+def cgroup() -> Iterator[list[Path]]:
+    """Make a control group for a systemd to divide, in each hierarchy in which it does; yield its directories."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    places = [Path(mount[1]) for mount in mounts if mount[2] == "cgroup2" or "name=systemd" in mount[3]]
+    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    ours = {("systemd" if name else "unified"): path for _, name, path in lines if name in {"", "name=systemd"}}
+    made = [place / ours["systemd" if place.name == "systemd" else "unified"].strip("/") / f"oc-test{os.getpid()}"
+            for place in places]  # fmt: skip
+    for each in made:
+        each.mkdir()
+    try:
+        yield made
+    finally:
+        for each in made:
+            for below in sorted((path.parent for path in each.rglob("cgroup.procs")), key=str, reverse=True):
+                below.rmdir()
+
+
+def test_a_real_systemd_makes_up_for_a_night_on_which_the_machine_was_off(tmp_path: Path) -> None:
+    root, home = small_checkout(tmp_path), tmp_path / "home"
+    home.mkdir()
+    name = schedule._name(root)
+    ours = f"schedule(Settings(), systemd=True, root=Path({str(root)!r})"
+    at_once = f"import pipeline.schedule as s; s.DELAY_SECONDS = 0; {ours}"
+    history, stamp = root / "build/history.jsonl", home / f".local/share/systemd/timers/stamp-{name}.timer"
+    systemd = shutil.which("systemd", path="/usr/lib/systemd:/lib/systemd")
+    assert systemd, "no systemd; inv setup --tests installs it"
+    with cgroup() as groups:
+        steps = [
+            *(f"echo $$ > {group}/cgroup.procs" for group in groups),
+            MANAGER.format(systemd=systemd, home=home), "boot",
+            python(f"{at_once}, at='03:17')"), "echo ====", python(f"{at_once}, show=True)"), "echo ====", "off",
+            f"[ ! -e {history} ]", f"touch --date='3 days ago' {stamp}",
+            "boot", f"patiently test -s {history}", python(f"{at_once}, remove=True)"),
+            "systemctl --user list-timers --all --no-legend", f"ls {home}/.config/systemd/user", "off",
+        ]  # fmt: skip
+        env = {**os.environ, "HOME": str(home), "XDG_RUNTIME_DIR": "/run/user/0", "INVOKE_ENGINE": "docker",
+               "DOCKER_HOST": f"unix://{tmp_path}/none"}  # fmt: skip
+        for variable in ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "DBUS_SESSION_BUS_ADDRESS"):
+            env.pop(variable, None)
+        spaces = ["--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        argv = ["unshare", *spaces, "sh", "-c", "\n".join(steps)]
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr + (home / "log").read_text()
+    installed, shown, removed = done.stdout.split("====\n")
+    assert f"{name}.timer is on" in installed
+    assert "03:17:00" in shown
+    assert f"{name}.service" in shown
+    assert '"outcome": "failed", "where": "engine"' in history.read_text()
+    assert name not in removed.replace(f"{name}.timer is removed", "")
 
 
 def test_what_cannot_be_scheduled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
