@@ -6,8 +6,9 @@ import json
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ import pytest
 from pipeline import history, notify, release
 from pipeline.image import BUILD_OF, RUNTIME_OF
 from pipeline.settings import Settings
-from tests.conftest import IMAGE, Built, Checkout
+from tests.conftest import IMAGE, Built, Checkout, Dockerd
 from tests.image.conftest import derive
 from tests.servers import collector
 
 pytestmark = pytest.mark.engine
 
-NAME = "opencode-server-night"
+NAME, DATED = "opencode-server-night", "20260101-aaaaaaa"
 DOCKER = pytest.mark.parametrize("built", ["docker"], indirect=True)
 PODMAN = pytest.mark.parametrize("built", ["podman"], indirect=True)
 AGENT, PLUGIN = ".opencode/agent/core/builder.md", ".opencode/plugin/broken.ts"
@@ -36,8 +37,8 @@ class Place:
     checkout: Checkout
     upstream: Path
 
-    def night(self, *words: str) -> Any:
-        return self.checkout.inv("nightly", *words, "--engine", self.built.engine.name)
+    def night(self, *words: str, env: dict[str, str] | None = None) -> Any:
+        return self.checkout.inv("nightly", *words, "--engine", self.built.engine.name, env=env)
 
     def commit(self, path: str, text: str) -> str:
         (self.upstream / path).write_text(text)
@@ -156,6 +157,83 @@ def test_an_upstream_that_breaks_the_image_is_never_released_and_the_next_night_
     assert (engine.image(ours), engine.image(theirs) is None) == (None, False)
     assert engine.image(place.built.reference), "the image of another name, and what it stands on"
     engine.ask(engine.argv("rmi", theirs))
+
+
+@pytest.fixture
+def released(place: Place) -> Place:
+    """A place whose latest, and a dated tag, are the image that is built already: faster than a first night."""
+    place.built.engine.tag(place.built.reference, f"{NAME}:latest", f"{NAME}:{DATED}")
+    return place
+
+
+def one_package_less(place: Place) -> None:
+    containerfile = place.checkout.root / "Containerfile"
+    containerfile.write_text(f"{containerfile.read_text()}\nRUN rm -r /opt/venv/lib/python3*/site-packages/falkordb\n")
+
+
+def no_agents(place: Place) -> None:
+    shutil.rmtree(place.upstream / ".opencode/agent")
+    commit(place.upstream)
+
+
+def agents_that_do_not_load(place: Place) -> None:
+    place.commit(AGENT, "---\nname: builder\ndescription: [this is no YAML\n---\nBuild it.\n")
+
+
+@PODMAN
+@pytest.mark.parametrize(
+    ("fault", "sentences"),
+    [
+        (one_package_less, ("smoke: SmokeFailed: ", "probes failed: ", "packages")),
+        (no_agents, ("fetch: NotOpenAgents: ", "has no agents in .opencode/")),
+        (agents_that_do_not_load, ("smoke: S",)),
+    ],
+)
+def test_what_would_not_work_is_never_released(
+    released: Place, fault: Callable[[Place], None], sentences: tuple[str, ...]
+) -> None:
+    fault(released)
+    before, containers = released.state(), released.built.containers()
+    done = released.night()
+    done.failed("NightFailed", 60, *sentences, "latest, previous, locks/ and vendor/ are as they were")
+    assert (released.state(), released.built.containers()) == (before, containers)
+    assert released.records()[-1]["outcome"] == "failed"
+    assert list((released.checkout.root / "build").glob("night-*")) == []
+
+
+@PODMAN
+def test_a_night_with_the_clock_set_back(released: Place) -> None:
+    new = released.commit(AGENT, "---\ndescription: another\nmode: primary\n---\nBuild it.\n")
+    latest = released.tags()["latest"]
+    (library,) = Path("/usr/lib").rglob("libfaketimeMT.so.1")
+    back = {"LD_PRELOAD": str(library), "FAKETIME": "-2000d"}
+    day = datetime.now(UTC) - timedelta(days=2000)
+    done = released.night(env=back)
+    assert done.code == 0, done.stdout + done.stderr
+    tags = released.tags()
+    assert (tags["previous"], tags[DATED]) == (latest, latest)
+    assert tags[f"{day:%Y%m%d}-{new[:7]}"] == tags["latest"] != latest
+    assert released.records()[-1]["at"].startswith(f"{day:%Y-%m-%d}T")
+    still = released.night()
+    assert still.code == 0, still.stdout + still.stderr
+    assert "nightly: unchanged" in still.stdout
+    assert released.tags() == tags
+
+
+@DOCKER
+def test_a_daemon_that_is_restarted_in_the_middle_of_a_smoke(released: Place, dockerd: Dockerd) -> None:
+    released.commit(AGENT, "---\ndescription: another\nmode: primary\n---\nBuild it.\n")
+    before, containers = released.state(), released.built.containers()
+    night = released.checkout.start("nightly", "--engine", "docker")
+    night.until("ready  ")
+    dockerd.end()
+    dockerd.start()
+    night.end().failed("NightFailed", 60, "smoke: ", "latest, previous, locks/ and vendor/ are as they were")
+    assert released.state() == before
+    healed = released.night()
+    assert healed.code == 0, healed.stdout + healed.stderr
+    assert released.tags()["previous"] == before["latest"]
+    assert released.built.containers() == containers
 
 
 def test_datadog_is_told_by_the_images_own_client(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
