@@ -186,7 +186,7 @@ def agents_that_do_not_load(place: Place) -> None:
     [
         (one_package_less, ("smoke: SmokeFailed: ", "probes failed: ", "packages")),
         (no_agents, ("fetch: NotOpenAgents: ", "has no agents in .opencode/")),
-        (agents_that_do_not_load, ("smoke: S",)),
+        (agents_that_do_not_load, ("smoke: SmokeFailed: ", "probes failed: agents")),
     ],
 )
 def test_what_would_not_work_is_never_released(
