@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import IMAGE, Built
+from tests.conftest import IMAGE, Built, Checkout
+from tests.stack_up import Up, a_stack
 
 
 @pytest.fixture
@@ -20,6 +21,14 @@ def unmoved(built: Built) -> Iterator[None]:
     yield
     assert built.tags() == tags
     assert built.containers() == containers
+
+
+@pytest.fixture(params=["podman", "docker"])
+def stack(request: pytest.FixtureRequest, checkout: Checkout, tmp_path: Path) -> Iterator[Up]:
+    """A stack that is not up yet, on each engine."""
+    request.getfixturevalue("engine_environment")
+    with a_stack(checkout, request.param, tmp_path / "home") as made:
+        yield made
 
 
 def derive(

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,18 +14,10 @@ from pipeline.engine import Engine
 from pipeline.settings import ROOT, Settings
 from pipeline.stack import databases
 from pipeline.stack.manifests import Manifests
-from tests.conftest import Checkout
 from tests.servers import until
-from tests.stack_up import Up, a_stack
+from tests.stack_up import Up
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.fixture(params=["podman", "docker"])
-def stack(request: pytest.FixtureRequest, checkout: Checkout, tmp_path: Path) -> Iterator[Up]:
-    request.getfixturevalue("engine_environment")
-    with a_stack(checkout, request.param, tmp_path / "home") as made:
-        yield made
 
 
 def program(engine: Engine) -> str:

@@ -16,13 +16,13 @@ import pytest
 import requests
 
 from pipeline.settings import ROOT
-from tests.conftest import SUBNET, Checkout
+from tests.conftest import SUBNET
 from tests.fake_openai import EMBEDDER, KEY, MODEL, Call, FakeOpenAI, fake_openai, text_of
 from tests.image.conftest import derive
 from tests.servers import until
-from tests.stack_up import Up, a_stack
+from tests.stack_up import Up
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.parametrize("stack", ["podman"], indirect=True)]
 
 HOST = SUBNET.partition("/")[0]
 """An address of this machine that containers of every network reach: of the bridge that the tests' docker has."""
@@ -78,13 +78,6 @@ class Talk:
 
     def messages(self) -> list[dict[str, Any]]:
         return list(self.stack.ask(f"/session/{self.session}/message"))
-
-
-@pytest.fixture
-def stack(request: pytest.FixtureRequest, checkout: Checkout, tmp_path: Path) -> Iterator[Up]:
-    request.getfixturevalue("engine_environment")
-    with a_stack(checkout, "podman", tmp_path / "home") as made:
-        yield made
 
 
 def write(stack: Up, name: str, **variables: str) -> None:

@@ -6,25 +6,15 @@ import json
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import requests
 
-from tests.conftest import Checkout
 from tests.image.conftest import derive
 from tests.servers import until
-from tests.stack_up import PASSWORDS, Up, a_stack
+from tests.stack_up import PASSWORDS, Up
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.fixture(params=["podman", "docker"])
-def stack(request: pytest.FixtureRequest, checkout: Checkout, tmp_path: Path) -> Iterator[Up]:
-    request.getfixturevalue("engine_environment")
-    with a_stack(checkout, request.param, tmp_path / "home") as made:
-        yield made
 
 
 def test_the_stack_lives_is_closed_and_loses_nothing(stack: Up) -> None:
