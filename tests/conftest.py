@@ -150,11 +150,13 @@ class Checkout:
     """A copy of this repository, in which ``inv`` builds an image of another name than the user's.
 
     ``env`` is added to the environment of each ``inv``; what is ``changed`` is kept in the directory ``aside``.
+    ``built`` is what was built here, by engine: no global, since pytest's conftest and its importers' are two modules.
     """
 
     root: Path
     env: dict[str, str]
     aside: Path
+    built: dict[str, Built] = field(default_factory=dict)
 
     def argv(self, *words: str) -> list[str]:
         """Return the command that is ``inv`` here."""
@@ -306,9 +308,6 @@ def engine_environment(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv(name, value)
 
 
-_KEPT: dict[str, Built] = {}
-
-
 @pytest.fixture(params=["podman", "docker"])
 def built(request: pytest.FixtureRequest, checkout: Checkout, engine_environment: None) -> Built:  # noqa: ARG001
     """The image, built once with each engine."""
@@ -316,7 +315,7 @@ def built(request: pytest.FixtureRequest, checkout: Checkout, engine_environment
 
 
 def build_once(checkout: Checkout, name: str) -> Built:
-    if name not in _KEPT:
+    if name not in checkout.built:
         done = checkout.inv("build", "--engine", name, seconds=500)
         assert done.code == 0, done.stdout[-3000:] + done.stderr
         with pytest.MonkeyPatch.context() as patch:
@@ -324,5 +323,6 @@ def build_once(checkout: Checkout, name: str) -> Built:
             engine = engines.find(name)
         smoked = checkout.inv("smoke", "--engine", name)
         assert smoked.code == 0, smoked.stdout + smoked.stderr
-        _KEPT[name] = Built(checkout, engine, engine.local(f"{IMAGE}:candidate"), done.stdout, smoked.stdout)
-    return _KEPT[name]
+        made = Built(checkout, engine, engine.local(f"{IMAGE}:candidate"), done.stdout, smoked.stdout)
+        checkout.built[name] = made
+    return checkout.built[name]

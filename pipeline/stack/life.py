@@ -246,7 +246,9 @@ def end(settings: Settings, engine: Engine, *, volumes: bool = False, yes: bool 
         if volumes:
             gone = run.volumes()
             run.remove_volumes()
-            (run.home / "upgrade.json").unlink(missing_ok=True)  # there is nothing left to go back to
+            # There is nothing left to go back to, nor a reason not to begin with the newest image.
+            (run.home / "upgrade.json").unlink(missing_ok=True)
+            engine.ask(engine.argv("rmi", engine.local(image_tag(settings))))
             ok(f"removed: {', '.join(gone) or 'no volume was there'}")
         elif kept := run.volumes():
             say(f"The volumes stay: {', '.join(kept)}")
