@@ -22,7 +22,7 @@ from tests.image.conftest import derive
 from tests.servers import until
 from tests.stack_up import Up
 
-pytestmark = [pytest.mark.engine, pytest.mark.parametrize("stack", ["podman"], indirect=True)]
+pytestmark = pytest.mark.engine
 
 HOST = SUBNET.partition("/")[0]
 """An address of this machine that containers of every network reach: of the bridge that the tests' docker has."""
@@ -130,12 +130,11 @@ def test_whatever_is_killed_in_a_conversation_comes_back_and_nothing_is_lost(
         assert facts[-1] in json.dumps(talk.messages()), "the question is there, only its answer is not"
         talk.remember(facts[-1], lambda: None).result()
 
-        def episodes() -> list[str]:
-            words = ("/app/scripts/memory", "episodes", "--limit", "50", "--json")
-            return [each["text"] for each in json.loads(stack.inside("opencode", *words))["memories"]]
+        def memory(*words: str) -> dict[str, Any]:
+            return dict(json.loads(stack.inside("opencode", "/app/scripts/memory", *words, "--json")))
 
-        until(lambda: len(episodes()) >= len(facts), "all is digested")
-        assert sorted(episodes()) == facts
+        until(lambda: memory("status")["graph"]["facts"] >= len(facts), "all is digested")
+        assert sorted(each["text"] for each in memory("episodes", "--limit", "50")["memories"]) == facts
         stack.inv("status").failed("StackUnwell", 74, "valkey has ended 1 times", "opencode has ended 1 times")
         seen = json.loads(stack.inside("datadog", "curl", "-fsS", "http://127.0.0.1:8126/seen"))
         assert "opencode" in json.dumps(seen["resources"])
@@ -163,6 +162,7 @@ def fill(place: Path) -> Path:
     return filler
 
 
+@pytest.mark.parametrize("stack", ["podman"], indirect=True)  # the sentences are the databases', whatever the engine
 def test_a_full_volume_and_a_damaged_file_are_said_and_mended_without_a_loss(stack: Up, small: Path) -> None:
     volume, filler = stack.volume("valkey"), fill(small)
     stack.engine("volume", "create", "--opt", "type=none", "--opt", "o=bind", "--opt", f"device={small}", volume)
