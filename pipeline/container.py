@@ -36,11 +36,15 @@ SECRET = "OPENCODE_SERVER_PASSWORD"  # noqa: S105 -- the variable's name
 
 @dataclass
 class Server:
-    """A server to ask: ``url`` without a trailing slash, and the password it wants, if any."""
+    """A server to ask: ``url`` without a trailing slash, and the password it wants, if any, of which user.
+
+    Where no user is named it is OPENCODE_SERVER_USERNAME, or OpenCode's own default.
+    """
 
     url: str
     password: str = ""
     timeout: float = 5.0
+    user: str = ""
 
     def get(self, path: str, *, timeout: float | None = None) -> requests.Response:
         """GET ``path``. Raises requests.RequestException."""
@@ -62,7 +66,7 @@ class Server:
         session = requests.Session()
         # A proxy of the environment has no business on loopback; elsewhere it and the CA bundle count.
         session.trust_env = urlsplit(self.url).hostname not in {"127.0.0.1", "localhost", "::1"}
-        user = os.environ.get("OPENCODE_SERVER_USERNAME", "opencode")
+        user = self.user or os.environ.get("OPENCODE_SERVER_USERNAME", "opencode")
         session.auth = (user, self.password) if self.password else None
         return session
 

@@ -185,11 +185,12 @@ class Engine:
         Since 4.5 they may come beside a user's own, and before that instead of them: then ``others`` are taken in.
         """
         limits = [limit for limit in self.limits if limit != "--ulimit"]
-        ours = {"pids_limit": int(BOUNDS[3])} | ({"default_ulimits": limits} if limits else {})
+        ours: dict[str, Any] = {"pids_limit": int(BOUNDS[3])} if self.bounded else {}
+        ours |= {"default_ulimits": limits} if limits else {}
         beside = tuple(map(int, self.version.split(".")[:2])) >= (4, 5)
         tables = {} if beside else {name: dict(table) for name, table in others.items()}
         tables.setdefault("containers", {}).update(ours)
-        lines = [f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
+        lines = [f"[{name}]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in table.items())
                  for name, table in tables.items()]  # fmt: skip
         return "\n".join(lines), "CONTAINERS_CONF_OVERRIDE" if beside else "CONTAINERS_CONF"
 
@@ -291,6 +292,15 @@ class Engine:
             done = self.ask(self.argv("tag", source, self.local(name)))
             if not done.ok:
                 raise EngineBroken(f"{self.name} cannot tag {source} as {name}", "See what it said.", done.said)
+
+
+def _toml(value: Any) -> str:
+    """Return a value as TOML writes it: JSON does, but for tables."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)
 
 
 def _plain(reference: str) -> list[str]:

@@ -82,7 +82,7 @@ class Notify(_Section):
 class Stack(_Section):
     """What ``up`` starts: its name, where it listens, where its secrets are, and which images it takes."""
 
-    name: str = Field("opencode", pattern=r"^[a-z][a-z0-9-]{0,30}$")
+    name: str = Field("opencode", pattern=r"^[a-z][a-z0-9-]{1,30}$")
     address: str = Field("127.0.0.1", pattern=r"^[0-9.]+$")
     port: int = Field(4096, ge=1, le=65535)
     home: str = ""

@@ -138,7 +138,8 @@ def faults(health: Health) -> Iterator[str]:
         if volume.full >= FULL_PERCENT:
             yield f"{volume.part}'s {volume.path} lies on a disk that is {volume.full} % full: make room"
     if health.backup.get("code"):
-        yield f"backup: {health.backup['said'].splitlines()[0]}"
+        words = str(health.backup["said"]).splitlines() or [f"its status ended with {health.backup['code']}"]
+        yield f"backup: {words[0]}"
 
 
 def _age_of(state: State) -> timedelta:
@@ -155,7 +156,7 @@ def status(settings: Settings, engine: Engine, *, as_json: bool = False) -> None
         raise NoStack(f"the stack {settings.stack.name} is not up", "inv up starts it.")
     if pending := upgrade.pending(run.home):
         health.wrong.append(
-            f"an upgrade from {pending['from'][:12]} was interrupted: inv upgrade undoes or finishes it"
+            f"an upgrade from {pending['from'][:12]} was interrupted: inv upgrade finishes or undoes it"
         )
     if as_json:
         print(json.dumps(asdict(health)))

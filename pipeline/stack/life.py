@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -50,7 +51,8 @@ def of(settings: Settings, engine: Engine, others: Mapping[str, str] | None = No
         others = {part: databases.here(settings, engine, manifests, part) for part in _others(known)}
     images = {"opencode": ours, "backup": ours} | dict(others)
     agent = bool(images.get("datadog"))
-    stack = Stack(settings.stack.name, settings.stack.address, settings.stack.port, images, known, agent)
+    where = settings.stack
+    stack = Stack(where.name, where.address, where.port, images, known, agent=agent, bounded=engine.bounded)
     return runner.of(engine, manifests, stack, home)
 
 
@@ -80,7 +82,8 @@ def server(run: Runner, settings: Settings) -> Server:
     password = run.stack.secrets["opencode-server"].get("OPENCODE_SERVER_PASSWORD", "")
     # A server that listens on every address is asked on loopback.
     address = "127.0.0.1" if run.stack.address == "0.0.0.0" else run.stack.address  # noqa: S104
-    return Server(f"http://{address}:{run.stack.port}", password, settings.smoke.request_seconds)
+    user = run.stack.secrets["opencode-server"].get("OPENCODE_SERVER_USERNAME", "opencode")
+    return Server(f"http://{address}:{run.stack.port}", password, settings.smoke.request_seconds, user=user)
 
 
 def up(settings: Settings, engine: Engine, *, dry_run: bool = False) -> None:
@@ -187,8 +190,9 @@ def wait(run: Runner, settings: Settings, part: str, restarts: int = 0) -> None:
     probe = run.manifests.probe(part)
     while True:
         _check_alive(run, part, restarts)
-        if not probe or run.exec(part, *probe).ok:
-            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if not probe or run.exec(part, *probe).ok:
+                return
         if time.monotonic() > deadline:
             raise down(run, part, f"it did not answer within {settings.stack.ready_seconds:g} s")
         time.sleep(0.2)
@@ -214,6 +218,8 @@ def down(run: Runner, part: str, what: str) -> PartDown:
 
 def _connect(run: Runner, settings: Settings, home: Path) -> None:
     url = server(run, settings).url
+    if (home / "upgrade.json").exists():
+        warn("an upgrade was interrupted: inv upgrade finishes it, or puts image and data back")
     say(f"The server is at {url}, for user opencode with the password in {home / secrets.SERVER}:")
     say(f"  (. {home / secrets.SERVER}; export OPENCODE_SERVER_PASSWORD; opencode attach {url})")
 
@@ -233,7 +239,7 @@ def end(settings: Settings, engine: Engine, *, volumes: bool = False, yes: bool 
             f"the volumes of {settings.stack.name} hold all its sessions, work, memory and local backups: {there}",
             "inv down --volumes --yes removes them for good; the secrets stay either way.",
         )
-    up_now = ", ".join(part for part in run.stack.parts if run.state(part).there)
+    up_now = ", ".join(part for part in PARTS if run.state(part).there)
     if dry_run:
         say(f"down: would end {up_now or 'nothing'}")
         if volumes:
@@ -242,6 +248,10 @@ def end(settings: Settings, engine: Engine, *, volumes: bool = False, yes: bool 
     with alone(settings):
         if up_now or run.volumes():
             run.end_all()
+        if left := [part for part in PARTS if run.state(part).there]:
+            raise EngineBroken(
+                f"{engine.name} does not end {', '.join(left)}", "inv doctor says more; then inv down again."
+            )
         ok(f"ended: {up_now or 'nothing was up'}")
         if volumes:
             gone = run.volumes()
@@ -285,5 +295,5 @@ def shell(settings: Settings, engine: Engine, part: str = "opencode") -> None:
     who = ["--user", runner.JOB_USER] if part == "backup" else []
     words = ["exec", "--interactive", *(["--tty"] if sys.stdin.isatty() else []), *who, container, "bash"]
     done = process.run(engine.argv(*words), env=engine.env, terminal=True)
-    if done.code in {125, 126, 127}:
+    if done.code == 125:  # noqa: PLR2004 -- the engine's own; any other is of what was done in the shell
         raise EngineBroken(f"{engine.name} cannot open a shell in {part}", "inv status says how it is.", done.said)

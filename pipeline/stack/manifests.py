@@ -64,7 +64,10 @@ class Manifests:
 
 @dataclass(frozen=True)
 class Stack:
-    """What one machine's stack differs by: its name, where it listens, its images, its secrets by Secret and key."""
+    """What one machine's stack differs by: its name, where it listens, its images, its secrets by Secret and key.
+
+    ``bounded``: the engine can bound what its parts take.
+    """
 
     name: str
     address: str
@@ -72,6 +75,7 @@ class Stack:
     images: Mapping[str, str]
     secrets: Mapping[str, Mapping[str, str]] = field(repr=False)
     agent: bool = False
+    bounded: bool = True
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -124,7 +128,7 @@ def pod(manifests: Manifests, stack: Stack, part: str) -> Pod:
     spec, name = template["spec"], stack.renamed(workload["metadata"]["name"])
     container = spec["containers"][0]
     # Only what is here already: up has seen to it, and a registry is not asked on the way.
-    container.update(image=stack.images[part], imagePullPolicy="Never")
+    container.update(image=stack.images.get(part, ""), imagePullPolicy="Never")
     environ = dict(_environment(container, manifests, stack, part))
     if workload["kind"] == "CronJob":
         environ |= _scheduled(workload, spec, container)
@@ -138,9 +142,15 @@ def pod(manifests: Manifests, stack: Stack, part: str) -> Pod:
         container.pop("ports", None)
     spec["restartPolicy"] = "Always"
     spec.pop("affinity", None)
+    limits = container["resources"]["limits"]
+    for kind in ("cpu",) if stack.bounded else ("cpu", "memory"):
+        limits.pop(kind, None)  # a rootless podman may bound memory and have no say in CPUs
     claims = [each["metadata"]["name"] for each in workload["spec"].get("volumeClaimTemplates", [])]
     volumes = spec.setdefault("volumes", [])
-    volumes += [{"name": claim, "persistentVolumeClaim": {"claimName": f"{claim}-{name}-0"}} for claim in claims]
+    volumes += [
+        {"name": claim, "persistentVolumeClaim": {"claimName": f"{claim}-{workload['metadata']['name']}-0"}}
+        for claim in claims
+    ]
     scratch = _name_volumes(spec, container, stack, name)
     lasting = {
         each["persistentVolumeClaim"]["claimName"]: mount["mountPath"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pipeline import process
 from pipeline.engine import Engine
 from pipeline.errors import NoStack, RestoreStopped
 from pipeline.report import ok, say
 from pipeline.settings import Settings
 from pipeline.stack import life
-from pipeline.stack.runner import BACKUP, JOB_USER, Runner
+from pipeline.stack.runner import Runner
 
 SERVERS_OWN = ("opencode", "files")
 """What of a backup is the server's: the rest are databases, which run on while they are restored."""
@@ -52,12 +51,13 @@ def restore(
                 run.start("opencode")
                 life.wait(run, settings, "opencode")
                 ok("the server is up again")
+        # What is there now is what somebody wanted: an upgrade that was interrupted before has nothing to undo.
+        (run.home / "upgrade.json").unlink(missing_ok=True)
 
 
 def _run(run: Runner, *words: str) -> None:
     """Run the backup's command line, its words shown as they come. Raises RestoreStopped."""
-    argv = run.engine.argv("exec", "--user", JOB_USER, run.container("backup"), BACKUP, *words)
-    done = process.run(argv, env=run.engine.env, terminal=True)
+    done = run.backup(*words, timeout=None, shown=True)
     if not done.ok:
         raise RestoreStopped(
             f"backup {words[0]} ended with {done.code}", "It says why, and what to do, above; docs/backup.md says more."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import subprocess
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +18,15 @@ from pipeline.container import TAKEN
 from pipeline.engine import Engine
 from pipeline.errors import EngineBroken, PartDown, PortTaken
 from pipeline.settings import ROOT
-from pipeline.stack.manifests import Manifests, Pod, Stack, claim, pod
-from pipeline.stack.secrets import SERVER, check_passwords
+from pipeline.stack.manifests import PARTS, Manifests, Pod, Stack, claim, pod
+from pipeline.stack.secrets import BEGINNINGS, SERVER, check_passwords
 
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 CONFIGURATIONS = ("/usr/share/containers/containers.conf", "/etc/containers/containers.conf")
 START_SECONDS, END_SECONDS = 120, 120
 BACKUP = "/app/scripts/backup"
+PID_FILE = "/tmp/backup-by-hand.pid"  # noqa: S108 -- in the container
+PASSWORDS = BEGINNINGS[SERVER][1]
 JOB_USER = "1000:1000"
 """Who the parts run as; what the backup does by hand must be done as it too, so that the server can read the result."""
 
@@ -87,6 +91,9 @@ class Runner:
         if not done.ok:
             return State()
         said = json.loads(done.stdout)[0]
+        labels = said["Config"].get("Labels") or {}
+        if not self.engine.podman and labels.get("com.docker.compose.project") != self.stack.name:
+            return State()  # somebody else's, of the same name
         now = said["State"]
         restarts, oom = int(said.get("RestartCount") or 0), bool(now.get("OOMKilled"))
         return State(
@@ -94,17 +101,29 @@ class Runner:
             since=now["StartedAt"],
         )  # fmt: skip
 
-    def exec(
-        self, part: str, *command: str, timeout: float = 30, user: str = "", detach: bool = False
-    ) -> process.Completed:
+    def exec(self, part: str, *command: str, timeout: float = 30, user: str = "") -> process.Completed:
         """Run a command in a part. Raises subprocess.TimeoutExpired."""
         who = ["--user", user] if user else []
-        words = ["exec", *(["--detach"] if detach else []), *who, self.container(part), *command]
-        return self.engine.ask(self.engine.argv(*words), timeout=timeout)
+        return self.engine.ask(self.engine.argv("exec", *who, self.container(part), *command), timeout=timeout)
 
-    def backup(self, *words: str, timeout: float = 30, detach: bool = False) -> process.Completed:
-        """Run the backup's command line in its part. Raises subprocess.TimeoutExpired."""
-        return self.exec("backup", BACKUP, *words, timeout=timeout, user=JOB_USER, detach=detach)
+    def backup(
+        self, *words: str, timeout: float | None = 30, detach: bool = False, shown: bool = False
+    ) -> process.Completed:
+        """Run the backup's command line in its part; ``shown`` prints what it says instead of returning it.
+
+        Whatever ends this early ends it too, cleanly, and waits for that. Raises subprocess.TimeoutExpired.
+        """
+        noted = ["sh", "-c", f'echo $$ > {PID_FILE}; exec "$@"', "-", BACKUP, *words]
+        where = [*(["--detach"] if detach else []), "--user", JOB_USER, self.container("backup")]
+        argv = self.engine.argv("exec", *where, *noted)
+        try:
+            return process.run(argv, timeout=timeout, env=self.engine.env, terminal=shown)
+        except BaseException:
+            # Neither engine hands a signal on to what it executes (podman issue 19486, moby issue 9098).
+            ended = f"p=$(cat {PID_FILE}) && kill -INT $p; while [ -d /proc/$p ]; do sleep 0.1; done"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.exec("backup", "sh", "-c", ended, user=JOB_USER, timeout=END_SECONDS)
+            raise
 
     def logs(self, part: str, lines: int = 15) -> str:
         """Return the last lines that a part wrote."""
@@ -128,6 +147,9 @@ class Runner:
             return PartDown(
                 f"{part} cannot be started: the disk is full", "Make room; inv doctor says where.", done.said
             )
+        if "already in use" in done.said:
+            remedy = f"Rename or remove the container {self.stack.name}, which is not the stack's, or set stack.name."
+            return EngineBroken(f"{self.engine.name} cannot start {part}: its name is taken", remedy, done.said)
         return EngineBroken(f"{self.engine.name} cannot start {part}", "inv doctor says more.", done.said)
 
 
@@ -184,7 +206,7 @@ class Pods(Runner):
 
     def end_all(self) -> None:
         """End the pods, the first last, and remove their network."""
-        for part in reversed(self.stack.parts):
+        for part in reversed(PARTS):  # the Agent too, whose key or image may be gone by now
             self.end(part)
         self.engine.ask(self.engine.argv("network", "rm", self.stack.name), timeout=30)
 
@@ -213,7 +235,11 @@ class Compose(Runner):
         env |= {"OPENCODE_STACK": self.stack.name, "OPENCODE_HOME": str(self.home)}
         env |= {"OPENCODE_ADDRESS": self.stack.address, "OPENCODE_PORT": str(self.stack.port)}
         if self.stack.agent:
-            env |= {"OPENCODE_AGENT_HOST": "opencode-datadog", "COMPOSE_PROFILES": "datadog"}
+            env |= {"OPENCODE_AGENT_HOST": "opencode-datadog"}
+        # The Agent's service is ended also where its key is gone by now, and started only when it is asked for.
+        env |= {"COMPOSE_PROFILES": "datadog"}
+        # Compose prefers what its own environment says of them to the file: of another server, perhaps.
+        env |= {key: value for key, value in self.stack.secrets["opencode-server"].items() if key in PASSWORDS}
         argv = self.engine.compose(COMPOSE, self.stack.name, self.home / SERVER, *words)
         return self.engine.ask(argv, timeout=START_SECONDS + END_SECONDS, env=env)
 

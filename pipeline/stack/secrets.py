@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import SecretsRefused
-from pipeline.settings import Settings
+from pipeline.settings import ROOT, Settings
 from pipeline.stack.manifests import read_env
 
 SERVER, BACKUP, AGENT = "server.env", "backup.env", "datadog.env"
@@ -34,7 +34,7 @@ PASSED_ON = ("DD_API_KEY", "DD_SITE")
 def home(settings: Settings) -> Path:
     """Return the directory of a stack's secrets and of what is known of it."""
     if settings.stack.home:
-        return Path(settings.stack.home).expanduser()
+        return ROOT / Path(settings.stack.home).expanduser()
     config = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
     return config / "opencode-server" / settings.stack.name
 

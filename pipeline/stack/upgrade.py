@@ -1,12 +1,13 @@
 """``upgrade``: to a newer image, with a backup before, and back to the image and the data that were there if need be.
 
 What is on disk while it runs, ``upgrade.json``, is enough to undo it: the image before and the backup's ID. It is
-written before the first change and removed after the last, so that one that was killed is undone by the next.
+written before the first change and removed after the last, so that the next finishes or undoes one that was killed.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +30,61 @@ def pending(home: Path) -> dict[str, Any]:
 
 
 def upgrade(settings: Settings, engine: Engine, to: str = "latest", *, dry_run: bool = False) -> None:
-    """Move the stack to the image ``to``.
+    """Move the stack to the image ``to``, after finishing or undoing an upgrade that was interrupted.
 
     Raises NoStack, NoSuchRelease, UpgradeStopped when nothing was changed, UpgradeRolledBack when all was put back.
     """
     newer = find(settings, engine, to)
-    before = engine.image(engine.local(life.image_tag(settings)))
     run = life.of(settings, engine)
-    if before is None or not run.state("opencode").there:
-        raise NoStack("there is no stack to upgrade", "inv up starts one, from the newest released image.")
-    left = pending(run.home)
-    if not left and newer["Id"] == before["Id"] and run.state("opencode").image == before["Id"]:
-        ok(f"the stack runs {short(before)} already")
-        return
     if dry_run:
-        say(f"upgrade: would back up, and move from {short(before)} to {short(newer)}")
+        before = _before(run, settings, engine)
+        first = "finish or undo the upgrade that was interrupted, " if pending(run.home) else ""
+        say(f"upgrade: would {first}back up, and move from {short(before)} to {short(newer)}")
         return
     with life.alone(settings) as home:
-        if left:
-            warn(f"an upgrade from {left['from'][:12]} was interrupted; undoing it first")
-            _undo(run, settings, left)
-            if newer["Id"].removeprefix("sha256:") == left["from"].removeprefix("sha256:"):
-                return
-            before = engine.image(left["from"]) or before
+        if left := pending(home):
+            warn(f"an upgrade from {left['from'][:12]} to {left['to'][:12]} was interrupted")
+            _settle(run, settings, left)
+        before = _before(run, settings, engine)
+        if newer["Id"] == before["Id"] and _same(run.state("opencode").image, before["Id"]):
+            ok(f"the stack runs {short(before)} already")
+            return
         _move(run, settings, before, newer, home)
+
+
+def _before(run: Runner, settings: Settings, engine: Engine) -> dict[str, Any]:
+    """Return the image that the stack has. Raises NoStack."""
+    before = engine.image(engine.local(life.image_tag(settings)))
+    if before is None or not run.state("opencode").there:
+        raise NoStack("there is no stack to upgrade", "inv up starts one, from the newest released image.")
+    return before
+
+
+def _same(one: str, other: str) -> bool:
+    return one.removeprefix("sha256:") == other.removeprefix("sha256:")
+
+
+def _settle(run: Runner, settings: Settings, left: dict[str, Any]) -> None:
+    """End an upgrade that was interrupted: a server that answers stays, with what it has written since then.
+
+    Only one that does not is put back, with its data. Raises UpgradeStopped.
+    """
+    state = run.state("opencode")
+    if state.running:
+        try:
+            life.wait(run, settings, "opencode", state.restarts)
+        except PipelineError as error:
+            warn(error.what)
+        else:
+            run.engine.tag(state.image, life.image_tag(settings))
+            if not _same(run.state("backup").image, state.image):
+                run.start("backup")
+                life.wait(run, settings, "backup")
+            (run.home / "upgrade.json").unlink(missing_ok=True)
+            ok(f"the server runs {state.image.removeprefix('sha256:')[:12]} and answers; its data stays as it is")
+            return
+    warn(f"undoing it: the image before, and backup {left['backup']}")
+    _undo(run, settings, left)
 
 
 def _move(run: Runner, settings: Settings, before: dict[str, Any], newer: dict[str, Any], home: Path) -> None:
@@ -67,13 +99,15 @@ def _move(run: Runner, settings: Settings, before: dict[str, Any], newer: dict[s
             run.start(part)
             life.wait(run, settings, part)
             ok(f"{part:9} runs {short(newer)}")
-    except PipelineError as error:
-        warn(f"{error.what}\ngoing back to {short(before)}")
+    except (PipelineError, subprocess.TimeoutExpired) as error:
+        what = getattr(error, "what", f"{run.engine.name} has not answered")
+        warn(f"{what}\ngoing back to {short(before)}")
         _undo(run, settings, note)
         raise UpgradeRolledBack(
-            f"{short(newer)} did not come up: {error.what}",
-            f"The stack runs {short(before)} with the data of backup {saved}. Its log is above.", error.details,
-        ) from None  # fmt: skip
+            f"{short(newer)} did not come up: {what}",
+            f"The stack runs {short(before)} with the data of backup {saved}. Its log is above.",
+            getattr(error, "details", ""),
+        ) from None
     (home / "upgrade.json").unlink()
     ok(f"upgraded from {short(before)} to {short(newer)}; back: inv upgrade --to {short(before)}")
 
@@ -93,7 +127,8 @@ def _undo(run: Runner, settings: Settings, note: dict[str, Any]) -> None:
     try:
         run.engine.tag(note["from"], life.image_tag(settings))
         run.end("opencode")
-        if run.state("backup").image != note["from"]:
+        role = run.state("backup")
+        if not role.running or not _same(role.image, note["from"]):
             run.start("backup")
             life.wait(run, settings, "backup")
         # What a newer server may have changed for good; the databases run on as they were.
@@ -101,9 +136,11 @@ def _undo(run: Runner, settings: Settings, note: dict[str, Any]) -> None:
         done = run.backup(*words, timeout=BACKUP_SECONDS)
         if not done.ok:
             raise UpgradeStopped(f"backup {note['backup']} could not be restored", "", done.said)
+        say(done.said)  # among it, where what it replaced was saved
         run.start("opencode")
         life.wait(run, settings, "opencode")
-    except PipelineError as error:
+    except (PipelineError, subprocess.TimeoutExpired) as error:
+        what = getattr(error, "what", f"{run.engine.name} has not answered")
         remedy = f"The data is in backup {note['backup']}: docs/operations.md. Then inv upgrade again."
-        raise UpgradeStopped(f"going back failed: {error.what}", remedy, error.details) from None
+        raise UpgradeStopped(f"going back failed: {what}", remedy, getattr(error, "details", "")) from None
     (run.home / "upgrade.json").unlink(missing_ok=True)

@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,7 @@ def test_each_part_is_closed_and_bounded_in_the_cluster_and_as_podman_plays_it()
         assert said["resources"]["limits"]["memory"]
         assert (said["image"], said["imagePullPolicy"]) == ("localhost/an:image", "Never")
         assert "valueFrom" not in json.dumps(played.document)
-        assert all(not each.startswith("opencode") for each in (*played.volumes, *played.scratch, played.name))
+        assert all("opencode" not in each for each in (*played.volumes, *played.scratch, played.name))
     alone = [each for each in RED.parts if each != "backup"]
     users = [pod(Manifests.read(), RED, part).document["spec"]["securityContext"]["runAsUser"] for part in alone]
     assert users == [1000, 1000, 1000, 100]
@@ -98,6 +100,21 @@ def test_only_the_server_is_published_and_on_loopback() -> None:
     ports = {each.part: container(each).get("ports", []) for each in pods(Manifests.read(), RED)}
     published = [(part, port["hostIP"], port["hostPort"]) for part, those in ports.items() for port in those]
     assert published == [("opencode", "127.0.0.1", 5000)]
+
+
+@pytest.mark.parametrize("name", ["opencode", "opencode-2", "my-opencode", "red"])
+def test_the_backup_copies_the_volume_that_the_server_writes_to(name: str) -> None:
+    stack = replace(RED, name=name)
+    server, backup = (pod(Manifests.read(), stack, part) for part in ("opencode", "backup"))
+    assert set(server.volumes) & set(backup.volumes) == {f"state-{name}-0"}
+
+
+def test_where_nothing_can_be_bounded_nothing_is() -> None:
+    for bounded in (True, False):
+        for played in pods(Manifests.read(), replace(RED, bounded=bounded)):
+            limits = container(played)["resources"]["limits"]
+            assert ("memory" in limits) is bounded
+            assert "cpu" not in limits  # podman without root may bound memory and have no say in CPUs
 
 
 def test_each_part_is_given_its_own_secrets_and_no_others() -> None:
@@ -129,7 +146,7 @@ def test_compose_says_what_the_manifests_say() -> None:
         assert service.get("read_only", False) == said["securityContext"].get("readOnlyRootFilesystem", False)
         memory = said["resources"]["limits"]["memory"].replace("Gi", "g").replace("Mi", "m")
         assert service["mem_limit"] == memory
-        mounts = {mount.partition(":")[2] for mount in service.get("volumes", [])}
+        mounts = {mount.partition(":")[2] for mount in service.get("volumes", [])} - {"/var/tmp"}  # not to be kept
         assert mounts == set(played.volumes.values())
         if "args" in said:
             assert [text.replace("$$", "$") for text in service["command"]] == said["args"]
@@ -207,3 +224,7 @@ def test_podman_is_told_the_bounds_beside_or_within_what_its_user_has_said() -> 
         "CONTAINERS_CONF_OVERRIDE",
         '[containers]\npids_limit = 1024\ndefault_ulimits = ["nofile=1:1"]\n',
     )
+    given = {"engine": {"runtimes": {"runc": ["/usr/bin/runc"]}, "service_destinations": {"a b": {"uri": "ssh://x"}}}}
+    said = tomllib.loads(old.containers_conf(given)[0])
+    assert said["engine"] == given["engine"]
+    assert "pids_limit" not in tomllib.loads(replace(old, bounded=False).containers_conf({})[0])["containers"]
