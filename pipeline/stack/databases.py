@@ -41,15 +41,22 @@ def made_tag() -> str:
     return _tag(CONTAINERFILE.read_text() + LOCK.read_text(), "made")
 
 
+def used_tag(settings: Settings) -> str:
+    """Return the name that keeps what was made and is in use by this stack, though what is made by now be another."""
+    return f"opencode-server-databases:stack-{settings.stack.name}"
+
+
 def here(settings: Settings, engine: Engine, manifests: Manifests, part: str) -> str:
     """Return the image of a part that is on this machine already, or nothing.
 
-    What was made stays in use where it is, whatever answers by now: Valkey cannot read what a newer Redis has written.
+    A stack that has begun with what was made goes on with that, whatever answers by now: Valkey cannot read what a
+    newer Redis has written.
     """
     image = wanted(settings, manifests, part)
     names = [image, engine.local(pulled_tag(image))]
     if part != "datadog" and not getattr(settings.stack, CHOSEN[part]):
-        names.append(engine.local(made_tag()))
+        made, used = engine.local(made_tag()), engine.local(used_tag(settings))
+        names = [made, used] if engine.image(used) else [*names, made]
     return next((name for name in names if engine.image(name)), "")
 
 

@@ -164,6 +164,8 @@ def _with_images(settings: Settings, engine: Engine) -> Runner:
             if part != "datadog":
                 raise
             warn(f"no Datadog Agent: {error.what}\n{error.details[:200]}")
+    if engine.local(databases.made_tag()) in images.values():
+        engine.tag(databases.made_tag(), databases.used_tag(settings))
     return of(settings, engine, images)
 
 
@@ -258,7 +260,8 @@ def end(settings: Settings, engine: Engine, *, volumes: bool = False, yes: bool 
             run.remove_volumes()
             # There is nothing left to go back to, nor a reason not to begin with the newest image.
             (run.home / "upgrade.json").unlink(missing_ok=True)
-            engine.ask(engine.argv("rmi", engine.local(image_tag(settings))))
+            for tag in (image_tag(settings), databases.used_tag(settings)):
+                engine.ask(engine.argv("rmi", engine.local(tag)))
             ok(f"removed: {', '.join(gone) or 'no volume was there'}")
         elif kept := run.volumes():
             say(f"The volumes stay: {', '.join(kept)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import subprocess
 import tomllib
 from collections.abc import Sequence
@@ -25,7 +26,6 @@ COMPOSE = ROOT / "deploy" / "compose.yaml"
 CONFIGURATIONS = ("/usr/share/containers/containers.conf", "/etc/containers/containers.conf")
 START_SECONDS, END_SECONDS = 120, 120
 BACKUP = "/app/scripts/backup"
-PID_FILE = "/tmp/backup-by-hand.pid"  # noqa: S108 -- in the container
 PASSWORDS = BEGINNINGS[SERVER][1]
 JOB_USER = "1000:1000"
 """Who the parts run as; what the backup does by hand must be done as it too, so that the server can read the result."""
@@ -113,14 +113,16 @@ class Runner:
 
         Whatever ends this early ends it too, cleanly, and waits for that. Raises subprocess.TimeoutExpired.
         """
-        noted = ["sh", "-c", f'echo $$ > {PID_FILE}; exec "$@"', "-", BACKUP, *words]
+        note = f"/tmp/by-hand-{secrets.token_hex(4)}"  # noqa: S108 -- in the container
+        noted = ["sh", "-c", f'echo $$ > {note}; exec "$@"', "-", BACKUP, *words]
         where = [*(["--detach"] if detach else []), "--user", JOB_USER, self.container("backup")]
         argv = self.engine.argv("exec", *where, *noted)
         try:
             return process.run(argv, timeout=timeout, env=self.engine.env, terminal=shown)
         except BaseException:
             # Neither engine hands a signal on to what it executes (podman issue 19486, moby issue 9098).
-            ended = f"p=$(cat {PID_FILE}) && kill -INT $p; while [ -d /proc/$p ]; do sleep 0.1; done"
+            begun = f"n=0; until [ -s {note} ] || [ $n = 20 ]; do sleep 0.1; n=$((n + 1)); done"
+            ended = f"{begun}; p=$(cat {note}) && kill -INT $p && while [ -d /proc/$p ]; do sleep 0.1; done"
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.exec("backup", "sh", "-c", ended, user=JOB_USER, timeout=END_SECONDS)
             raise

@@ -29,22 +29,7 @@ def test_the_stack_lives_is_closed_and_loses_nothing(stack: Up) -> None:
     assert requests.get(f"http://127.0.0.1:{stack.port}/config", timeout=20).status_code == 401
     session = stack.ask("/session", "POST", {"title": "kept"})["id"]
 
-    for part in ("falkordb", "valkey", "opencode", "backup"):
-        seen = stack.inspect(part)
-        assert seen["HostConfig"]["ReadonlyRootfs"]
-        assert seen["HostConfig"]["Memory"] > 0
-        assert "no-new-privileges" in str(seen["HostConfig"]["SecurityOpt"])
-    ports = stack.engine("ps", "--format", "{{.Ports}}", "--filter", f"name={stack.name}").split()
-    assert {each for each in ports if "->" in each} == {f"127.0.0.1:{stack.port}->4096/tcp"}
-    seen_in_ps = (
-        stack.inside("falkordb", "sh", "-c", "cat /proc/[0-9]*/cmdline")
-        + subprocess.run(["ps", "-eo", "args"], check=True, capture_output=True, text=True).stdout
-    )
-    values = [value for name in ("server.env", "backup.env") for key, value in stack.secrets(name).items()
-              if key in PASSWORDS]  # fmt: skip
-    assert len(values) == 4
-    assert not any(value in seen_in_ps for value in values)
-
+    _is_closed(stack)
     until(lambda: json.loads(stack.inv("status", "--json").stdout)["backup"]["code"] == 0, "the first backup")
     assert "all is well" in stack.ok("status")
     said = stack.ok("logs")
@@ -64,16 +49,7 @@ def test_the_stack_lives_is_closed_and_loses_nothing(stack: Up) -> None:
     until(lambda: stack.inv("up").code == 0, "up brings it back")  # docker takes a kill for somebody's will
     assert stack.valkey("GET", "key") == "value"
 
-    as_the_role = ["exec", "--user", "1000:1000", stack.container("backup")]
-    stack.engine(*as_the_role, "/app/scripts/backup", "run", "--create")
-    assert stack.ask(f"/session/{session}", "DELETE") is True
-    assert stack.valkey("SET", "key", "another") == "OK"
-    assert "would stop the server" in stack.ok("restore", "--dry-run", "--replace")
-    stack.inv("restore").failed("RestoreStopped", 80)
-    assert stack.valkey("GET", "key") == "another"
-    stack.ok("restore", "--replace")
-    assert stack.ask(f"/session/{session}")["title"] == "kept"
-    assert stack.valkey("GET", "key") == "value"
+    _restores(stack, session)
 
     stack.ok("down")
     stack.inv("status").failed("NoStack", 71, "inv up")
@@ -83,14 +59,67 @@ def test_the_stack_lives_is_closed_and_loses_nothing(stack: Up) -> None:
     assert stack.valkey("GET", "key") == "value"
 
 
+def _is_closed(stack: Up) -> None:
+    for part in ("falkordb", "valkey", "opencode", "backup"):
+        seen = stack.inspect(part)
+        assert seen["HostConfig"]["ReadonlyRootfs"]
+        assert seen["HostConfig"]["Memory"] > 0
+        assert "no-new-privileges" in str(seen["HostConfig"]["SecurityOpt"])
+    ports = stack.engine("ps", "--format", "{{.Ports}}", "--filter", f"name={stack.name}").split()
+    assert {each for each in ports if "->" in each} == {f"127.0.0.1:{stack.port}->4096/tcp"}
+    seen_in_ps = (
+        stack.inside("falkordb", "sh", "-c", "cat /proc/[0-9]*/cmdline")
+        + subprocess.run(["ps", "-eo", "args"], check=True, capture_output=True, text=True).stdout
+    )
+    values = [value for name in ("server.env", "backup.env") for key, value in stack.secrets(name).items()
+              if key in PASSWORDS]  # fmt: skip
+    assert len(values) == 4
+    assert not any(value in seen_in_ps for value in values)
+
+
+def _restores(stack: Up, session: str) -> None:
+    as_the_role = ["exec", "--user", "1000:1000", stack.container("backup")]
+    stack.engine(*as_the_role, "/app/scripts/backup", "run", "--create")
+    assert stack.ask(f"/session/{session}", "DELETE") is True
+    assert stack.valkey("SET", "key", "another") == "OK"
+    assert "would stop the server" in stack.ok("restore", "--dry-run", "--replace")
+    stack.inv("restore").failed("RestoreStopped", 80)
+    assert stack.valkey("GET", "key") == "another"
+    interrupted = stack.start("restore", "--replace")
+    interrupted.until("the server is stopped")
+    until(lambda: "backup\0restore" in stack.inside("backup", "sh", "-c", "cat /proc/[0-9]*/cmdline"), "it restores")
+    interrupted.end(signal.SIGINT)
+    assert "backup\0restore" not in stack.inside("backup", "sh", "-c", "cat /proc/[0-9]*/cmdline")
+    assert stack.ask("/session", "POST", {"title": "up again"})["title"] == "up again"
+    stack.ok("restore", "--replace")
+    assert stack.ask(f"/session/{session}")["title"] == "kept"
+    assert stack.valkey("GET", "key") == "value"
+
+
+def killed(stack: Up, to: str, before: str) -> None:
+    """Kill an upgrade in the moment in which the server's container is there with the new image."""
+    upgrade = stack.start("upgrade", "--to", to)
+    until(lambda: _image(stack) not in ("", before) or upgrade.child.poll() is not None, "the new server is there")
+    upgrade.end(signal.SIGKILL)
+    assert (stack.home / "upgrade.json").exists()
+
+
+def _image(stack: Up) -> str:
+    done = stack.built.engine.ask(
+        stack.built.engine.argv("inspect", "--format", "{{.Image}}", stack.container("opencode"))
+    )
+    return done.stdout.strip() if done.ok else ""
+
+
 def test_an_upgrade_moves_on_or_goes_back_with_image_and_data(stack: Up) -> None:
     def image() -> str:
         return str(stack.inspect("opencode")["Image"])
 
     stack.ok("up")
     session, before = stack.ask("/session", "POST", {"title": "kept"})["id"], image()
-    assert "runs" in stack.ok("upgrade")
-    derive(stack.built, "bad", 'ENTRYPOINT ["false"]')
+    assert "already" in stack.ok("upgrade")
+    ruin = "rm -f /root/.local/share/opencode/opencode.db*; sleep 2; exit 1"
+    derive(stack.built, "bad", f'ENTRYPOINT ["sh", "-c", "{ruin}"]')
     good = derive(stack.built, "good", "LABEL good=yes")
     engine = stack.built.engine
     engine.tag(engine.local("opencode-server-test-bad"), "opencode-server-test:bad")
@@ -99,18 +128,21 @@ def test_an_upgrade_moves_on_or_goes_back_with_image_and_data(stack: Up) -> None
         stack.inv("upgrade", "--to", "bad").failed("UpgradeRolledBack", 76, "did not come up")
         assert (stack.ask(f"/session/{session}")["title"], image()) == ("kept", before)
 
-        note = stack.home / "upgrade.json"
-        killed = stack.start("upgrade", "--to", "good")
-        until(lambda: note.exists() or killed.child.poll() is not None, "the upgrade has begun")
-        killed.end(signal.SIGKILL)
-        assert note.exists()
+        killed(stack, "bad", before)
         stack.inv("status").failed("StackUnwell", 74, "was interrupted")
         said = stack.ok("upgrade", "--to", "good")
-        assert "undoing it first" in said
+        assert "undoing it" in said
         assert "upgraded from" in said
-        assert not note.exists()
-        assert image() != before
         assert stack.ask(f"/session/{session}")["title"] == "kept"
+
+        after = image()
+        killed(stack, before.removeprefix("sha256:"), after)
+        stack.ok("up")
+        later = stack.ask("/session", "POST", {"title": "later"})["id"]
+        said = stack.ok("upgrade", "--to", before.removeprefix("sha256:"))
+        assert "its data stays as it is" in said
+        assert (stack.ask(f"/session/{later}")["title"], image()) == ("later", before)
+        assert "was interrupted" not in stack.ok("status")
     finally:
         stack.ok("down")
         for name in (":bad", ":good", "-bad", "-good"):
