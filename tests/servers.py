@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import socket
 import socketserver
 import subprocess
@@ -24,10 +25,12 @@ PATIENCE = 60.0
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Return a port that nothing listens on, of those that no connection is given by the kernel meanwhile."""
+    while True:
+        port = random.SystemRandom().randint(20000, 32000)  # pytest-randomly seeds the other alike in each process
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 @contextlib.contextmanager

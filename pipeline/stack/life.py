@@ -102,6 +102,7 @@ def up(settings: Settings, engine: Engine, *, dry_run: bool = False) -> None:
         states = {part: run.state(part) for part in run.stack.parts}
         missing = [part for part, state in states.items() if not state.running]
         if "opencode" in missing:
+            run.end("opencode")  # half of it may be there, of a start that was killed, and hold the port
             _check_port(run)
         began = time.monotonic()
         for part, state in states.items():
