@@ -65,6 +65,7 @@ def test_every_deep_probe_passes_and_is_a_line(built: Built) -> None:
     assert {probe.name for probe in (*conversation.PROBES, conversation.LAST)} <= passed
 
 
+@pytest.mark.parametrize("built", ["podman"], indirect=True)  # a probe asks the server, whatever the engine
 @pytest.mark.usefixtures("unmoved")
 def test_each_deep_probe_sees_what_it_is_there_for(built: Built) -> None:
     broken = derive(
