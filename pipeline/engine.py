@@ -151,9 +151,12 @@ class Engine:
             words += ["--volume", volume]
         return self.argv(*words, image, *command)
 
-    def exec(self, container: str, *command: str, env: Sequence[str] = (), detach: bool = False) -> list[str]:
-        """Run a command in a running container; ``detach`` does not wait for it."""
+    def exec(
+        self, container: str, *command: str, env: Sequence[str] = (), detach: bool = False, user: str = ""
+    ) -> list[str]:
+        """Run a command in a running container, as its user or another; ``detach`` does not wait for it."""
         words = [*(["--detach"] if detach else []), *(word for variable in env for word in ("--env", variable))]
+        words += ["--user", user] if user else []
         return self.argv("exec", *words, container, *command)
 
     def play(self, network: str) -> list[str]:
@@ -164,19 +167,21 @@ class Engine:
         """End a pod's containers with SIGTERM, then remove it; its named volumes stay."""
         return [self.argv("pod", "stop", "--time", str(seconds), name), self.argv("pod", "rm", "--force", name)]
 
-    def compose(self, file: Path, project: str, env_file: Path, *words: str) -> list[str]:
-        """Return a command of Compose, as this client's plugin or, where it has none, as a program of its own.
+    def find_compose(self) -> list[str]:
+        """Return Compose, as this client's plugin or, where it has none, as a program of its own.
 
         Raises ComposeMissing.
         """
-        if process.run([self.program, "compose", "version"], timeout=ASK_SECONDS, env=self.env).ok:
-            program = [self.program, "compose"]
-        elif old := shutil.which("docker-compose"):
-            program = [old]
-        else:
-            raise ComposeMissing(
-                f"{self.program} has no Compose", "Install docker-compose-plugin or docker-compose, or use podman."
-            )
+        if self.ask([self.program, "compose", "version"], timeout=ASK_SECONDS).ok:
+            return [self.program, "compose"]
+        if old := shutil.which("docker-compose"):
+            return [old]
+        raise ComposeMissing(
+            f"{self.program} has no Compose", "Install docker-compose-plugin or docker-compose, or use podman."
+        )
+
+    def compose(self, program: Sequence[str], file: Path, project: str, env_file: Path, *words: str) -> list[str]:
+        """Have Compose, the ``program`` that was found, do something with a project."""
         return [*program, "--project-name", project, "--env-file", str(env_file), "--file", str(file), *words]
 
     def containers_conf(self, others: Mapping[str, Any]) -> tuple[str, str]:

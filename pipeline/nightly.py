@@ -164,7 +164,7 @@ class Night:
             return "; ".join(self.record["moves"]) or "the inputs are not those of latest"
         found = base.here(engine, self.settings)
         runtime = found and engine.image(engine.local(runtime_tag(self.tree, found.reference)))
-        age = _age(str(runtime["Created"])) if runtime else None
+        age = datetime.fromisoformat(now()) - datetime.fromisoformat(runtime["Created"]) if runtime else None
         days = timedelta(days=self.settings.nightly.refresh_days)
         if age is None or age > days or age < -timedelta(days=1):  # a clock that was set back
             return f"Debian's packages are older than {days.days} days"
@@ -342,11 +342,6 @@ def _logged() -> Iterator[None]:
             raise
         finally:
             console.cache_clear()
-
-
-def _age(created: str) -> timedelta:
-    moment = datetime.fromisoformat(re.sub(r"\.\d+", "", created))
-    return datetime.fromisoformat(now()) - moment
 
 
 def _show(line: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -128,7 +127,7 @@ def faults(health: Health) -> Iterator[str]:
         elif not state.running:
             why = "it was out of memory" if state.oom else f"it ended with exit code {state.code}"
             yield f"{part} is down, {why}: inv logs --part {part}, inv up"
-        elif state.restarts and _age_of(state) < RECENT:
+        elif state.restarts and datetime.now(UTC) - datetime.fromisoformat(state.since) < RECENT:
             when = state.since[:16].replace("T", " ")
             yield f"{part} has ended {state.restarts} times, and is up again since {when}: inv logs --part {part}"
     for part, said in health.answers.items():
@@ -142,19 +141,13 @@ def faults(health: Health) -> Iterator[str]:
         yield f"backup: {words[0]}"
 
 
-def _age_of(state: State) -> timedelta:
-    """Return how long a part has been up; both engines write RFC 3339 with nanoseconds, which Python does not read."""
-    began = datetime.fromisoformat(re.sub(r"\.\d+", "", state.since))
-    return datetime.now(UTC) - began
-
-
 def status(settings: Settings, engine: Engine, *, as_json: bool = False) -> None:
     """Print how the stack is. Raises NoStack when none of it is there, StackUnwell when something is wrong."""
     run = life.of(settings, engine)
     health = look(run)
     if not any(state.there for state in health.states.values()):
         raise NoStack(f"the stack {settings.stack.name} is not up", "inv up starts it.")
-    if pending := upgrade.pending(run.home):
+    if pending := upgrade.pending(run):
         health.wrong.append(
             f"an upgrade from {pending['from'][:12]} was interrupted: inv upgrade finishes or undoes it"
         )

@@ -221,7 +221,7 @@ def down(run: Runner, part: str, what: str) -> PartDown:
 
 def _connect(run: Runner, settings: Settings, home: Path) -> None:
     url = server(run, settings).url
-    if (home / "upgrade.json").exists():
+    if run.note.exists():
         warn("an upgrade was interrupted: inv upgrade finishes it, or puts image and data back")
     say(f"The server is at {url}, for user opencode with the password in {home / secrets.SERVER}:")
     say(f"  (. {home / secrets.SERVER}; export OPENCODE_SERVER_PASSWORD; opencode attach {url})")
@@ -260,7 +260,7 @@ def end(settings: Settings, engine: Engine, *, volumes: bool = False, yes: bool 
             gone = run.volumes()
             run.remove_volumes()
             # There is nothing left to go back to, nor a reason not to begin with the newest image.
-            (run.home / "upgrade.json").unlink(missing_ok=True)
+            run.note.unlink(missing_ok=True)
             for tag in (image_tag(settings), databases.used_tag(settings)):
                 engine.ask(engine.argv("rmi", engine.local(tag)))
             ok(f"removed: {', '.join(gone) or 'no volume was there'}")

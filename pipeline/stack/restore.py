@@ -52,7 +52,7 @@ def restore(
                 life.wait(run, settings, "opencode")
                 ok("the server is up again")
         # What is there now is what somebody wanted: an upgrade that was interrupted before has nothing to undo.
-        (run.home / "upgrade.json").unlink(missing_ok=True)
+        run.note.unlink(missing_ok=True)
 
 
 def _run(run: Runner, *words: str) -> None:

@@ -53,6 +53,11 @@ class Runner:
     stack: Stack
     home: Path
 
+    @property
+    def note(self) -> Path:
+        """Where an upgrade writes down what would undo it, for as long as it is under way."""
+        return self.home / "upgrade.json"
+
     def container(self, part: str) -> str:
         """Return the engine's name of a part's container."""
         raise NotImplementedError
@@ -103,8 +108,7 @@ class Runner:
 
     def exec(self, part: str, *command: str, timeout: float = 30, user: str = "") -> process.Completed:
         """Run a command in a part. Raises subprocess.TimeoutExpired."""
-        who = ["--user", user] if user else []
-        return self.engine.ask(self.engine.argv("exec", *who, self.container(part), *command), timeout=timeout)
+        return self.engine.ask(self.engine.exec(self.container(part), *command, user=user), timeout=timeout)
 
     def backup(
         self, *words: str, timeout: float | None = 30, detach: bool = False, shown: bool = False
@@ -115,8 +119,7 @@ class Runner:
         """
         note = f"/tmp/by-hand-{secrets.token_hex(4)}"  # noqa: S108 -- in the container
         noted = ["sh", "-c", f'echo $$ > {note}; exec "$@"', "-", BACKUP, *words]
-        where = [*(["--detach"] if detach else []), "--user", JOB_USER, self.container("backup")]
-        argv = self.engine.argv("exec", *where, *noted)
+        argv = self.engine.exec(self.container("backup"), *noted, detach=detach, user=JOB_USER)
         try:
             return process.run(argv, timeout=timeout, env=self.engine.env, terminal=shown)
         except BaseException:
@@ -227,6 +230,10 @@ class Compose(Runner):
         """Return the name that the file gives it."""
         return self.stack.renamed(self._service(part))
 
+    @cached_property
+    def _program(self) -> list[str]:
+        return self.engine.find_compose()
+
     def _service(self, part: str) -> str:
         return "opencode" if part == "opencode" else f"opencode-{part}"
 
@@ -242,7 +249,7 @@ class Compose(Runner):
         env |= {"COMPOSE_PROFILES": "datadog"}
         # Compose prefers what its own environment says of them to the file: of another server, perhaps.
         env |= {key: value for key, value in self.stack.secrets["opencode-server"].items() if key in PASSWORDS}
-        argv = self.engine.compose(COMPOSE, self.stack.name, self.home / SERVER, *words)
+        argv = self.engine.compose(self._program, COMPOSE, self.stack.name, self.home / SERVER, *words)
         return self.engine.ask(argv, timeout=START_SECONDS + END_SECONDS, env=env)
 
     def _start(self, part: str) -> None:

@@ -7,12 +7,11 @@ written before the first change and removed after the last, so that the next fin
 from __future__ import annotations
 
 import json
-import subprocess
-from pathlib import Path
 from typing import Any
 
 from pipeline.engine import Engine
-from pipeline.errors import NoStack, PipelineError, UpgradeRolledBack, UpgradeStopped
+from pipeline.errors import NoStack, PipelineError, UpgradeRolledBack, UpgradeStopped, named
+from pipeline.history import same
 from pipeline.records import read_json, write_json
 from pipeline.release import find, short
 from pipeline.report import ok, say, warn
@@ -24,9 +23,9 @@ from pipeline.stack.runner import Runner
 BACKUP_SECONDS = 4 * 3600
 
 
-def pending(home: Path) -> dict[str, Any]:
+def pending(run: Runner) -> dict[str, Any]:
     """Return what an upgrade that did not end has written down, or nothing."""
-    return read_json(home / "upgrade.json")
+    return read_json(run.note)
 
 
 def upgrade(settings: Settings, engine: Engine, to: str = "latest", *, dry_run: bool = False) -> None:
@@ -38,18 +37,18 @@ def upgrade(settings: Settings, engine: Engine, to: str = "latest", *, dry_run: 
     run = life.of(settings, engine)
     if dry_run:
         before = _before(run, settings, engine)
-        first = "finish or undo the upgrade that was interrupted, " if pending(run.home) else ""
+        first = "finish or undo the upgrade that was interrupted, " if pending(run) else ""
         say(f"upgrade: would {first}back up, and move from {short(before)} to {short(newer)}")
         return
-    with life.alone(settings) as home:
-        if left := pending(home):
+    with life.alone(settings):
+        if left := pending(run):
             warn(f"an upgrade from {left['from'][:12]} to {left['to'][:12]} was interrupted")
             _settle(run, settings, left)
         before = _before(run, settings, engine)
-        if newer["Id"] == before["Id"] and _same(run.state("opencode").image, before["Id"]):
+        if newer["Id"] == before["Id"] and same(run.state("opencode").image, before["Id"]):
             ok(f"the stack runs {short(before)} already")
             return
-        _move(run, settings, before, newer, home)
+        _move(run, settings, before, newer)
 
 
 def _before(run: Runner, settings: Settings, engine: Engine) -> dict[str, Any]:
@@ -58,10 +57,6 @@ def _before(run: Runner, settings: Settings, engine: Engine) -> dict[str, Any]:
     if before is None or not run.state("opencode").there:
         raise NoStack("there is no stack to upgrade", "inv up starts one, from the newest released image.")
     return before
-
-
-def _same(one: str, other: str) -> bool:
-    return one.removeprefix("sha256:") == other.removeprefix("sha256:")
 
 
 def _settle(run: Runner, settings: Settings, left: dict[str, Any]) -> None:
@@ -77,38 +72,38 @@ def _settle(run: Runner, settings: Settings, left: dict[str, Any]) -> None:
             warn(error.what)
         else:
             run.engine.tag(state.image, life.image_tag(settings))
-            if not _same(run.state("backup").image, state.image):
+            if not same(run.state("backup").image, state.image):
                 run.start("backup")
                 life.wait(run, settings, "backup")
-            (run.home / "upgrade.json").unlink(missing_ok=True)
+            run.note.unlink(missing_ok=True)
             ok(f"the server runs {state.image.removeprefix('sha256:')[:12]} and answers; its data stays as it is")
             return
     warn(f"undoing it: the image before, and backup {left['backup']}")
     _undo(run, settings, left)
 
 
-def _move(run: Runner, settings: Settings, before: dict[str, Any], newer: dict[str, Any], home: Path) -> None:
+def _move(run: Runner, settings: Settings, before: dict[str, Any], newer: dict[str, Any]) -> None:
     saved = _back_up(run)
     ok(f"backup {saved}")
     note = {"from": before["Id"], "to": newer["Id"], "backup": saved}
-    write_json(home / "upgrade.json", note)
+    write_json(run.note, note)
     try:
-        run.engine.tag(newer["Id"], life.image_tag(settings))
-        for part in ("opencode", "backup"):
-            # The new server first; the old backup stays until it is well, since it can put the data back.
-            run.start(part)
-            life.wait(run, settings, part)
-            ok(f"{part:9} runs {short(newer)}")
-    except (PipelineError, subprocess.TimeoutExpired) as error:
-        what = getattr(error, "what", f"{run.engine.name} has not answered")
-        warn(f"{what}\ngoing back to {short(before)}")
+        with named():
+            run.engine.tag(newer["Id"], life.image_tag(settings))
+            for part in ("opencode", "backup"):
+                # The new server first; the old backup stays until it is well, since it can put the data back.
+                run.start(part)
+                life.wait(run, settings, part)
+                ok(f"{part:9} runs {short(newer)}")
+    except PipelineError as error:
+        warn(f"{error.what}\ngoing back to {short(before)}")
         _undo(run, settings, note)
         raise UpgradeRolledBack(
-            f"{short(newer)} did not come up: {what}",
+            f"{short(newer)} did not come up: {error.what}",
             f"The stack runs {short(before)} with the data of backup {saved}. Its log is above.",
-            getattr(error, "details", ""),
+            error.details,
         ) from None
-    (home / "upgrade.json").unlink()
+    run.note.unlink()
     ok(f"upgraded from {short(before)} to {short(newer)}; back: inv upgrade --to {short(before)}")
 
 
@@ -125,22 +120,22 @@ def _back_up(run: Runner) -> str:
 def _undo(run: Runner, settings: Settings, note: dict[str, Any]) -> None:
     """Put image and data back. Raises UpgradeStopped, and leaves the note for another try."""
     try:
-        run.engine.tag(note["from"], life.image_tag(settings))
-        run.end("opencode")
-        role = run.state("backup")
-        if not role.running or not _same(role.image, note["from"]):
-            run.start("backup")
-            life.wait(run, settings, "backup")
-        # What a newer server may have changed for good; the databases run on as they were.
-        words = ("restore", note["backup"], "--only", ",".join(SERVERS_OWN), "--replace")
-        done = run.backup(*words, timeout=BACKUP_SECONDS)
-        if not done.ok:
-            raise UpgradeStopped(f"backup {note['backup']} could not be restored", "", done.said)
-        say(done.said)  # among it, where what it replaced was saved
-        run.start("opencode")
-        life.wait(run, settings, "opencode")
-    except (PipelineError, subprocess.TimeoutExpired) as error:
-        what = getattr(error, "what", f"{run.engine.name} has not answered")
+        with named():
+            run.engine.tag(note["from"], life.image_tag(settings))
+            run.end("opencode")
+            role = run.state("backup")
+            if not role.running or not same(role.image, note["from"]):
+                run.start("backup")
+                life.wait(run, settings, "backup")
+            # What a newer server may have changed for good; the databases run on as they were.
+            words = ("restore", note["backup"], "--only", ",".join(SERVERS_OWN), "--replace")
+            done = run.backup(*words, timeout=BACKUP_SECONDS)
+            if not done.ok:
+                raise UpgradeStopped(f"backup {note['backup']} could not be restored", "", done.said)
+            say(done.said)  # among it, where what it replaced was saved
+            run.start("opencode")
+            life.wait(run, settings, "opencode")
+    except PipelineError as error:
         remedy = f"The data is in backup {note['backup']}: docs/operations.md. Then inv upgrade again."
-        raise UpgradeStopped(f"going back failed: {what}", remedy, getattr(error, "details", "")) from None
-    (run.home / "upgrade.json").unlink(missing_ok=True)
+        raise UpgradeStopped(f"going back failed: {error.what}", remedy, error.details) from None
+    run.note.unlink(missing_ok=True)
