@@ -1,86 +1,133 @@
-"""The tasks of the stack, which ``tasks.py`` takes in: the server with its databases and backup, on this machine."""
+"""Tasks for the stack: the server with its databases and backup on this machine.
 
-from __future__ import annotations
+``tasks.py`` includes them.
+"""
 
-from typing import TYPE_CHECKING
-
+from invoke.context import Context
 from invoke.tasks import task
 
-from pipeline.cli import ENGINE, engine_of
-
-if TYPE_CHECKING:
-    from invoke.context import Context
+from pipeline.task_context import ENGINE, engine_of
 
 PART = "falkordb, valkey, opencode, backup or datadog"
 
 
 @task(help=ENGINE)
 def up(context: Context, engine: str = "", dry_run: bool = False) -> None:
-    """Start the stack on loopback: the server, FalkorDB, Valkey, the backup, and with a DD_API_KEY an Agent."""
-    from pipeline.stack import life
+    """Start the stack on loopback: server, FalkorDB, Valkey, backup, Agent if DD_API_KEY is set."""
+    from pipeline.stack import lifecycle
 
     with engine_of(context, engine) as (settings, found):
-        life.up(settings, found, dry_run=dry_run)
+        lifecycle.up(settings, found, dry_run=dry_run)
 
 
-@task(help={"volumes": "remove its volumes too, with --yes", "yes": "yes, remove them for good", **ENGINE})
-def down(context: Context, volumes: bool = False, yes: bool = False, engine: str = "", dry_run: bool = False) -> None:
-    """End the stack; its volumes stay."""
-    from pipeline.stack import life
+@task(
+    help={
+        "volumes": "remove the volumes too; needs --yes",
+        "yes": "confirm the removal of volumes",
+        **ENGINE,
+    }
+)
+def down(
+    context: Context,
+    volumes: bool = False,
+    yes: bool = False,
+    engine: str = "",
+    dry_run: bool = False,
+) -> None:
+    """Stop and remove the stack; its volumes stay."""
+    from pipeline.stack import lifecycle
 
     with engine_of(context, engine) as (settings, found):
-        life.end(settings, found, volumes=volumes, yes=yes, dry_run=dry_run)
+        lifecycle.down(
+            settings,
+            found,
+            volumes=volumes,
+            yes=yes,
+            dry_run=dry_run,
+        )
 
 
 @task(help={"json_": "as JSON", "engine": ENGINE["engine"]})
 def status(context: Context, json_: bool = False, engine: str = "") -> None:
-    """Say what is healthy, how old the last backup is, memory and sizes, and what is wrong."""
+    """Show the health of each part, its memory and data, and the last backup."""
     from pipeline.stack import health
 
     with engine_of(context, engine) as (settings, found):
         health.status(settings, found, as_json=json_)
 
 
-@task(help={"part": PART, "follow": "go on as it writes", "lines": "how many", "engine": ENGINE["engine"]})
-def logs(context: Context, part: str = "", follow: bool = False, lines: int = 50, engine: str = "") -> None:
-    """Print what the stack's parts have written last."""
-    from pipeline.stack import life
+@task(
+    help={
+        "part": PART,
+        "follow": "keep printing new lines",
+        "lines": "number of lines",
+        "engine": ENGINE["engine"],
+    }
+)
+def logs(
+    context: Context, part: str = "", follow: bool = False, lines: int = 50, engine: str = ""
+) -> None:
+    """Print the logs of the stack."""
+    from pipeline.stack import lifecycle
 
     with engine_of(context, engine) as (settings, found):
-        life.logs(settings, found, part, follow=follow, lines=lines)
+        lifecycle.logs(
+            settings,
+            found,
+            part,
+            follow=follow,
+            lines=lines,
+        )
 
 
 @task(help={"part": PART, "engine": ENGINE["engine"]})
 def shell(context: Context, part: str = "opencode", engine: str = "") -> None:
     """Open a shell in a part of the stack."""
-    from pipeline.stack import life
+    from pipeline.stack import lifecycle
 
     with engine_of(context, engine) as (settings, found):
-        life.shell(settings, found, part)
+        lifecycle.shell(settings, found, part)
 
 
-@task(help={"to": "an image, or a tag of ours, instead of latest", **ENGINE})
-def upgrade(context: Context, to: str = "latest", engine: str = "", dry_run: bool = False) -> None:
-    """Move the stack to the newest released image: a backup before, and back to image and data if it is not healthy."""
-    from pipeline.stack import upgrade as upgrading
+@task(help={"to": "an image or tag instead of latest", **ENGINE})
+def upgrade(
+    context: Context,
+    to: str = "latest",
+    engine: str = "",
+    dry_run: bool = False,
+) -> None:
+    """Upgrade the stack after a backup; go back to image and data if it is not healthy."""
+    from pipeline.stack import data
 
     with engine_of(context, engine) as (settings, found):
-        upgrading.upgrade(settings, found, to, dry_run=dry_run)
+        data.upgrade(settings, found, to, dry_run=dry_run)
 
 
 @task(
     help={
-        "backup": "the beginning of its ID; without one the newest",
-        "only": "falkordb, valkey, opencode, files, with commas between",
-        "replace": "also where something is, which is saved first",
+        "backup": "the ID of a backup or its beginning, instead of the newest",
+        "only": "falkordb, valkey, opencode, files, separated by commas",
+        "replace": "replace existing data, after a safety backup",
         **ENGINE,
     },
 )
 def restore(
-    context: Context, backup: str = "", only: str = "", replace: bool = False, engine: str = "", dry_run: bool = False
+    context: Context,
+    backup: str = "",
+    only: str = "",
+    replace: bool = False,
+    engine: str = "",
+    dry_run: bool = False,
 ) -> None:
-    """Put a backup back into the stack; the server is stopped meanwhile if its own data comes back."""
-    from pipeline.stack import restore as restoring
+    """Restore a backup into the stack; stops the server while its own data is restored."""
+    from pipeline.stack import data
 
     with engine_of(context, engine) as (settings, found):
-        restoring.restore(settings, found, backup, only=only, replace=replace, dry_run=dry_run)
+        data.restore(
+            settings,
+            found,
+            backup,
+            only=only,
+            replace=replace,
+            dry_run=dry_run,
+        )

@@ -1,38 +1,40 @@
-"""The tasks: ``inv --list`` names them, ``inv --help TASK`` explains one. What they do is in ``pipeline/``."""
+"""The tasks: ``inv --list`` lists them, ``inv --help TASK`` explains one.
 
-from __future__ import annotations
+Those of the stack are in stacks.py, those of releases in releases.py. The work is in ``pipeline/``.
+"""
 
 import os
-from typing import TYPE_CHECKING
 
+from invoke.context import Context
 from invoke.tasks import task
 
-from pipeline.cli import ENGINE, engine_of
-from pipeline.cli import settings_of as _settings
-from releases import bump, history, nightly, promote, prune, pull, push, report, rollback, schedule
-from stacks import down, logs, restore, shell, status, up, upgrade
-
-if TYPE_CHECKING:
-    from invoke.context import Context
-
-__all__ = [
-    "bump", "down", "history", "logs", "nightly", "promote", "prune", "pull", "push", "report", "restore", "rollback",
-    "schedule", "shell", "status", "up", "upgrade",
-]  # fmt: skip
+from pipeline.task_context import ENGINE, engine_of, settings_of
+from releases import *  # noqa: F403 -- Invoke collects the tasks of this module
+from stacks import *  # noqa: F403
 
 if any(name.startswith("INVOKE_") for name in os.environ):
-    from pipeline.settings import check_environment
+    from pipeline.core.settings import check_environment
 
-    check_environment()  # Invoke reads them right after this file, and meets a number that is none with a traceback
+    # Invoke reads them right after this file, and reports an invalid number with a traceback.
+    check_environment()
 
 
-@task(help={**ENGINE, "tests": "also what the tests need: docker, a registry"})
-def setup(context: Context, engine: str = "", tests: bool = False, dry_run: bool = False) -> None:
-    """Say which engine answers; install podman, with what it needs for networks, when none does."""
-    from pipeline import host
+@task(help={**ENGINE, "tests": "install what the tests need too: docker, a registry"})
+def setup(
+    context: Context,
+    engine: str = "",
+    tests: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Find a container engine; install podman if there is none."""
+    from pipeline.host import setup
 
-    with _settings(context, engine) as settings:
-        host.setup(settings.engine, tests=tests, dry_run=dry_run)
+    with settings_of(context, engine) as settings:
+        setup.setup(
+            settings.engine,
+            tests=tests,
+            dry_run=dry_run,
+        )
 
 
 @task(
@@ -40,8 +42,8 @@ def setup(context: Context, engine: str = "", tests: bool = False, dry_run: bool
         "ref": "a branch, tag or commit instead of the pinned commit",
         "url": "another repository",
         "latest": "the newest commit of the pinned branch",
-        "force": "throw away local edits in vendor/OpenAgents",
-        "starter": "take the small package of this repository where the git host cannot be reached",
+        "force": "discard local edits in vendor/OpenAgents",
+        "starter": "use vendor/starter if the git host cannot be reached",
         "ca": "a PEM file of extra certificate authorities",
         **ENGINE,
     }
@@ -57,139 +59,206 @@ def fetch(
     engine: str = "",
     dry_run: bool = False,
 ) -> None:
-    """Fetch the inputs: OpenAgents at its pinned commit, the base image, this network's CAs."""
-    from pipeline import base, openagents
-    from pipeline import ca as authorities
-    from pipeline import engine as engines
-    from pipeline.errors import EngineBroken, NoEngine
-    from pipeline.report import say
+    """Fetch OpenAgents at its pinned commit, the base image and the CAs of this network."""
+    from pipeline.core.console import log
+    from pipeline.core.errors import EngineBroken, NoEngine
+    from pipeline.engines import detect
+    from pipeline.inputs import base, openagents
+    from pipeline.inputs.ca import stage
 
-    with _settings(context, engine, ca) as settings:
-        openagents.fetch(settings, ref=ref, url=url, latest=latest, force=force, starter=starter, dry_run=dry_run)
+    with settings_of(context, engine, ca) as settings:
+        openagents.fetch(
+            settings, ref=ref, url=url, latest=latest, force=force, starter=starter, dry_run=dry_run
+        )
         if not dry_run:
-            authorities.stage(settings.ca)
+            stage(settings.ca)
         try:
-            found = engines.of(settings)
+            found = detect.of(settings)
         except (NoEngine, EngineBroken):
-            say("base: waits for an engine; inv setup installs one")
+            log("base: not fetched, there is no engine; install one: inv setup")
         else:
             base.ensure(found, settings, dry_run=dry_run)
 
 
 @task(help=ENGINE)
 def base(context: Context, engine: str = "", dry_run: bool = False) -> None:
-    """Pull node:20-slim by its digest, or make it from packages where no registry answers."""
-    from pipeline import base as images
+    """Pull node:20-slim by its digest, or build it from packages if no registry answers."""
+    from pipeline.inputs import base
 
     with engine_of(context, engine) as (settings, found):
-        images.ensure(found, settings, dry_run=dry_run)
+        base.ensure(found, settings, dry_run=dry_run)
 
 
 @task(
     help={
         "ca": "a PEM file of extra certificate authorities",
-        "no_cache": "do every step anew, so that newer Debian packages come in",
+        "no_cache": "repeat all steps",
         **ENGINE,
     }
 )
-def build(context: Context, engine: str = "", ca: str = "", no_cache: bool = False, dry_run: bool = False) -> None:
+def build(
+    context: Context, engine: str = "", ca: str = "", no_cache: bool = False, dry_run: bool = False
+) -> None:
     """Build the Containerfile into opencode-server:candidate."""
-    from pipeline import image
+    from pipeline.image import build
 
     with engine_of(context, engine, ca) as (settings, found):
-        image.build(settings, found, cache=not no_cache, dry_run=dry_run)
+        build.build(
+            settings,
+            found,
+            cache=not no_cache,
+            dry_run=dry_run,
+        )
 
 
 @task(
     help={
-        "url": "ask a server that already runs, instead; OPENCODE_SERVER_PASSWORD is its password",
-        "image": "another image than opencode-server:candidate; no tag is moved",
-        "deep": "have a whole conversation too, with a model that needs no account",
+        "url": "test a running server; OPENCODE_SERVER_PASSWORD is its password",
+        "image": "test this image instead of candidate, and move no tag",
+        "deep": "add a conversation with a fake model",
         **ENGINE,
     }
 )
 def smoke(
-    context: Context, url: str = "", image: str = "", deep: bool = False, engine: str = "", dry_run: bool = False
+    context: Context,
+    url: str = "",
+    image: str = "",
+    deep: bool = False,
+    engine: str = "",
+    dry_run: bool = False,
 ) -> None:
-    """Start the candidate, ask it everything, and tag it latest when every answer is right."""
-    from pipeline import engine as engines
-    from pipeline import smoke as smoking
+    """Start the candidate, run every probe, and tag it latest when all pass."""
+    from pipeline.engines import detect
+    from pipeline.release import promote
+    from pipeline.smoke import run
 
-    with _settings(context, engine) as settings:
+    with settings_of(context, engine) as settings:
         if url:
-            smoking.smoke_url(settings, url)
-        else:
-            smoking.smoke(settings, engines.of(settings), image, deep=deep, dry_run=dry_run)
+            run.smoke_url(settings, url)
+            return
+        found = detect.of(settings)
+        report = run.smoke(
+            settings,
+            found,
+            image,
+            deep=deep,
+            dry_run=dry_run,
+        )
+        if not image:
+            promote.promote(
+                settings,
+                found,
+                report,
+                dry_run=dry_run,
+            )
 
 
-@task(help={"image": "another than the candidate", "sbom": "also SPDX, which takes 17 s", "engine": ENGINE["engine"]})
-def contents(context: Context, image: str = "", sbom: bool = True, engine: str = "") -> None:
-    """Say what is inside an image, and what is known against it: packages, SPDX, advisories."""
-    from pipeline import contents as inside
+@task(
+    help={
+        "image": "an image instead of candidate",
+        "sbom": "write an SPDX file too; takes 17 s",
+        "engine": ENGINE["engine"],
+    }
+)
+def contents(
+    context: Context,
+    image: str = "",
+    sbom: bool = True,
+    engine: str = "",
+) -> None:
+    """List the packages of an image and their known vulnerabilities."""
+    from pipeline.image import contents
 
     with engine_of(context, engine) as (settings, found):
-        inside.contents(settings, found, image, sbom=sbom)
+        contents.contents(settings, found, image, sbom=sbom)
 
 
 @task(
     help={
         "before": "an image, or a tag of ours: latest",
         "after": "another: candidate",
-        "files": "name every file that differs",
-        "same": "fail unless content and settings are the same",
+        "files": "list every file that differs",
+        "same": "fail if content or settings differ",
         "engine": ENGINE["engine"],
     }
 )
-def diff(context: Context, before: str, after: str, files: bool = False, same: bool = False, engine: str = "") -> None:
-    """Say on one screen what changed between two images: versions, sizes, files, settings."""
-    from pipeline import diff as differences
+def diff(
+    context: Context,
+    before: str,
+    after: str,
+    files: bool = False,
+    same: bool = False,
+    engine: str = "",
+) -> None:
+    """Show the differences of two images: versions, sizes, files, settings."""
+    from pipeline.image import diff
 
     with engine_of(context, engine) as (settings, found):
-        differences.diff(settings, found, before, after, files=files, same=same)
+        diff.diff(
+            settings,
+            found,
+            before,
+            after,
+            files=files,
+            same=same,
+        )
 
 
 @task
 def lint(context: Context) -> None:
     """Check with ruff, mypy --strict, hadolint and shellcheck."""
-    from pipeline import checks
+    from pipeline.host import checks
 
-    with _settings(context):
+    with settings_of(context):
         checks.lint()
 
 
 @task(
-    help={"unit": "only what needs no engine and no server", "keyword": "only tests whose name matches, as pytest -k"}
+    help={
+        "unit": "only tests without an engine or a server",
+        "keyword": "only tests that match, as in pytest -k",
+    }
 )
 def test(context: Context, unit: bool = False, keyword: str = "") -> None:
-    """Lint, then every test: units, servers on loopback, and images built and smoked by podman and docker."""
-    from pipeline import checks
+    """Lint, then run the tests: unit, integration, and images with podman and docker."""
+    from pipeline.host import checks
 
-    with _settings(context):
+    with settings_of(context):
         checks.test(unit=unit, keyword=keyword)
 
 
 @task(help={"engine": ENGINE["engine"]})
 def doctor(context: Context, engine: str = "") -> None:
-    """Say what this machine can do and what to fix."""
-    from pipeline import doctor as diagnosis
+    """Check this machine and print what to fix."""
+    from pipeline.host import doctor
 
-    with _settings(context, engine) as settings:
-        diagnosis.doctor(settings)
+    with settings_of(context, engine) as settings:
+        doctor.doctor(settings)
 
 
-@task(help={"only": "one of list, cold (sizes and rebuilds too), start, backup and memory", **ENGINE})
-def bench(context: Context, only: str = "", engine: str = "", dry_run: bool = False) -> None:
-    """Measure against the naive way, side by side, and write the ratios to build/bench.json."""
+@task(help={"only": "list, cold (with sizes and rebuilds), start, backup or memory", **ENGINE})
+def bench(
+    context: Context,
+    only: str = "",
+    engine: str = "",
+    dry_run: bool = False,
+) -> None:
+    """Measure against a naive image; write the ratios to build/bench.json."""
     from bench import measure
 
     with engine_of(context, engine) as (settings, found):
-        measure.bench(settings, found, only=only, dry_run=dry_run)
+        measure.bench(
+            settings,
+            found,
+            only=only,
+            dry_run=dry_run,
+        )
 
 
-@task(help={"count": "how many keys, rows and pairs of nodes"})
+@task(help={"count": "number of keys, rows and pairs of nodes"})
 def drill(context: Context, count: int = 10000) -> None:
-    """Back up servers of its own, lose them, restore, compare, and say how long each step took."""
+    """Back up and restore local test servers, and show how long each step took."""
     from bench import backup
 
-    with _settings(context):
+    with settings_of(context):
         backup.drill(count)

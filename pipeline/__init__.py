@@ -1,1 +1,1 @@
-"""What the tasks do, one idea a module; data goes one way: settings, fetch, build, smoke, release."""
+"""What the tasks do. Imports go one way: core, engines, inputs, image, then the others."""

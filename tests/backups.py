@@ -1,16 +1,21 @@
-"""A world to back up on loopback: FalkorDB, Redis in Valkey's place, OpenCode's state, and a fake B2."""
+"""Everything that a backup test needs: FalkorDB, Redis as Valkey, OpenCode's state, a fake B2.
+
+The servers are real and listen on loopback.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,8 @@ NODES = 300
 
 @dataclass(frozen=True)
 class Done:
+    """The result of one run of ``backup``."""
+
     code: int
     stdout: str
     stderr: str
@@ -38,8 +45,8 @@ class Done:
         return self
 
     def failed(self, name: str, *sentences: str) -> Done:
-        """Assert that it ended by this failure, with its own code, and says these things."""
-        from backup_lib import errors
+        """Assert that it failed with this error and its exit code, and printed these texts."""
+        from lib.backup import errors
 
         assert f"\n{name}: " in f"\n{self.stderr}", self.stdout + self.stderr
         assert self.code == getattr(errors, name).code
@@ -55,19 +62,28 @@ class Done:
 
 @dataclass
 class World:
+    """The servers, by their ports, and the environment of ``backup``."""
+
     home: Path
     b2: FakeB2
     falkordb: int
     valkey: int
-    environ: dict[str, str] = field(default_factory=dict)
+    environ: dict[str, str]
 
     def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
-        environ = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(self.home), **self.environ, **env}
-        argv = [sys.executable, "-IB", str(PROGRAM), *words]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(argv, env=environ, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+        """Start ``backup`` with these arguments; ``env`` overrides its environment."""
+        base = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(self.home)}
+        return subprocess.Popen(
+            [sys.executable, "-IB", str(PROGRAM), *words],
+            env=base | self.environ | env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def end(self, child: subprocess.Popen[str]) -> Done:
+        """Wait for ``backup`` to end; assert that it printed no secret and left no file."""
         try:
             stdout, stderr = child.communicate(timeout=SECONDS)
         finally:
@@ -76,20 +92,27 @@ class World:
         for secret in SECRETS:
             assert secret not in stdout + stderr
         assert "Traceback" not in stderr, stderr
-        # Nothing is left where one worked that was not killed, nor what a killed one before it had left.
-        if child.returncode != -9 and self.work.exists() and {"run", "restore"} & set(child.args):  # type: ignore[arg-type]
-            assert {path.name for path in self.work.iterdir()} <= {"lock", "last.json"}
+        # A run removes its own files and those of a killed run before it, unless it is killed too.
+        words = list(child.args)  # type: ignore[arg-type]
+        if child.returncode != -signal.SIGKILL and ("run" in words or "restore" in words):
+            assert self.leftovers() == set()
         return Done(child.returncode, stdout, stderr)
 
     def backup(self, *words: str, **env: str) -> Done:
         return self.end(self.start(*words, **env))
 
+    def leftovers(self) -> set[str]:
+        """Return the files in the working directory that no run may leave."""
+        if not self.work.exists():
+            return set()
+        return {path.name for path in self.work.iterdir()} - {"lock", "last.json"}
+
     def run(self, *words: str, **env: str) -> str:
-        """Make a backup; return its ID."""
+        """Make a backup and return its ID."""
         return str(self.backup("run", "--json", *words, **env).ok().json["id"])
 
     def ids(self) -> list[str]:
-        """Return the backups that count, newest first."""
+        """Return the IDs of the complete backups, newest first."""
         return [each["id"] for each in self.backup("list", "--json").ok().json if not each["fault"]]
 
     @property
@@ -105,11 +128,13 @@ class World:
         return self.home / ".local/share/opencode/auth.json"
 
     def graph(self, query: str, name: str = "memory", port: int = 0) -> Any:
+        """Return the rows of a Cypher query; without RETURN there are none."""
         with client(port or self.falkordb) as server:
             reply = server.execute_command("GRAPH.QUERY", name, query)
             return reply[1] if len(reply) > 1 else []
 
     def nodes(self, port: int = 0) -> int:
+        """Return the number of nodes that ``fill`` has created."""
         with client(port or self.falkordb) as server:
             if b"memory" not in server.execute_command("GRAPH.LIST"):
                 return 0
@@ -120,7 +145,7 @@ class World:
             return int(database.execute("SELECT count(*) FROM session").fetchone()[0])
 
     def fill(self) -> None:
-        """Put something of everything in."""
+        """Create data of every kind in all parts."""
         leaves = "CREATE (:Node {i: i, name: 'n' + i})-[:Knows {w: i}]->(:Leaf {f: i / 4.0})"
         self.graph(f"UNWIND range(1, {NODES}) AS i {leaves}")
         self.graph("CREATE INDEX FOR (n:Node) ON (n.i)")
@@ -146,7 +171,7 @@ class World:
             database.commit()
 
     def lose(self) -> None:
-        """Lose all of it."""
+        """Delete all data."""
         for port in (self.falkordb, self.valkey):
             with client(port) as server:
                 server.flushall()
@@ -154,7 +179,7 @@ class World:
             path.unlink()
 
     def whole(self) -> None:
-        """Assert that all that ``fill`` has put in is there."""
+        """Assert that all data that ``fill`` created is there."""
         assert self.nodes() == NODES
         [[total]] = self.graph("MATCH ()-[e:Knows]->() RETURN sum(e.w)")
         assert float(total) == NODES * (NODES + 1) / 2
@@ -176,50 +201,56 @@ class World:
 
 @contextlib.contextmanager
 def client(port: int) -> Iterator[Any]:
+    """Yield a client of a server, on a single connection, so that SELECT lasts."""
     server = redis.Redis(
-        host="127.0.0.1", port=port, password=SERVER_PASSWORD, socket_timeout=SECONDS, single_connection_client=True
+        host="127.0.0.1",
+        port=port,
+        password=SERVER_PASSWORD,
+        socket_timeout=SECONDS,
+        single_connection_client=True,
     )
-    with contextlib.closing(server):  # one connection, so that SELECT lasts
+    with contextlib.closing(server):
         yield server
 
 
 @contextlib.contextmanager
 def world(home: Path) -> Iterator[World]:
-    """Run all servers, filled."""
+    """Run all servers and fill them with data."""
     with (
         fake_b2("bucket") as b2,
         redis_server(*NO_DELAY, graph=True, password=SERVER_PASSWORD) as falkordb,
         redis_server(*NO_DELAY, password=SERVER_PASSWORD) as valkey,
     ):
         environ = {
-            "BACKUP_REMOTE": "b2:bucket/backups", "BACKUP_WORK_DIR": str(home / "work"), "BACKUP_STALL_SECONDS": "20",
-            "FALKORDB_HOST": "127.0.0.1", "FALKORDB_PORT": str(falkordb), "FALKORDB_PASSWORD": SERVER_PASSWORD,
-            "VALKEY_HOST": "127.0.0.1", "VALKEY_PORT": str(valkey), "VALKEY_PASSWORD": SERVER_PASSWORD,
+            "BACKUP_REMOTE": "b2:bucket/backups",
+            "BACKUP_WORK_DIR": str(home / "work"),
+            "BACKUP_STALL_SECONDS": "20",
+            "FALKORDB_HOST": "127.0.0.1",
+            "FALKORDB_PORT": str(falkordb),
+            "FALKORDB_PASSWORD": SERVER_PASSWORD,
+            "VALKEY_HOST": "127.0.0.1",
+            "VALKEY_PORT": str(valkey),
+            "VALKEY_PASSWORD": SERVER_PASSWORD,
             **b2.environ,
-        }  # fmt: skip
-        made = World(home, b2, falkordb, valkey, environ)
-        made.fill()
-        yield made
+        }
+        here = World(home, b2, falkordb, valkey, environ)
+        here.fill()
+        yield here
 
 
 @contextlib.contextmanager
 def repeatedly(work: Callable[[], object]) -> Iterator[None]:
-    """Do it again and again in a thread, meanwhile; what it raises is raised here."""
+    """Call ``work`` in a loop in a thread during the block; re-raise its exception at the end."""
     over = threading.Event()
-    failed: list[Exception] = []
 
     def loop() -> None:
-        try:
-            while not over.is_set():
-                work()
-        except Exception as error:  # noqa: BLE001
-            failed.append(error)
+        while not over.is_set():
+            work()
 
-    thread = threading.Thread(target=loop)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-    assert not failed
+    with ThreadPoolExecutor(1) as pool:
+        thread = pool.submit(loop)
+        try:
+            yield
+        finally:
+            over.set()
+    thread.result()

@@ -1,4 +1,6 @@
-"""For tests that need an engine: podman and docker with images of their own, and a checkout to run ``inv`` in."""
+"""For tests that need an engine: podman and docker with images of their own, and a checkout to run
+``inv`` in.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,10 @@ import pytest
 from filelock import FileLock
 from xdist.scheduler import LoadScopeScheduling
 
-from pipeline import engine as engines
-from pipeline import process
-from pipeline.engine import Engine
-from pipeline.settings import ROOT
+from pipeline.core import process
+from pipeline.core.settings import ROOT
+from pipeline.engines import detect
+from pipeline.engines.engine import Engine
 
 IMAGE = "opencode-server-test"
 BRIDGE, SUBNET = f"oc-test{os.getpid()}", f"172.31.{os.getpid() % 250}.1/24"
@@ -42,7 +44,11 @@ class ByEngine(LoadScopeScheduling):  # type: ignore[misc]  # has no annotations
             return nodeid.partition("::")[0]
         if "[docker" in nodeid:
             return "docker"
-        return "podman" if "[podman" in nodeid or "tests/image/" in nodeid else nodeid.partition("::")[0]
+        return (
+            "podman"
+            if "[podman" in nodeid or "tests/image/" in nodeid
+            else nodeid.partition("::")[0]
+        )
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByEngine:
@@ -51,7 +57,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByEngine:
 
 
 class Dockerd:
-    """A daemon of the tests' own, with its own images, socket and bridge: another one may run on this machine."""
+    """A daemon of the tests' own, with its own images, socket and bridge: another one may run on
+    this machine.
+    """
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -69,9 +77,18 @@ class Dockerd:
 
     def _start(self, program: str) -> None:
         words = [program, "--data-root", f"{self.home}/data", "--exec-root", f"{self.home}/exec"]
-        words += ["--pidfile", f"{self.home}/pid", "--bridge", BRIDGE, "--host", self.env["DOCKER_HOST"]]
+        words += [
+            "--pidfile",
+            f"{self.home}/pid",
+            "--bridge",
+            BRIDGE,
+            "--host",
+            self.env["DOCKER_HOST"],
+        ]
         with (self.home / "log").open("ab") as log:
-            self.child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
+            self.child = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
+            )
         deadline = time.monotonic() + 60
         while not process.run(["docker", "info"], env=self.env).ok:
             if self.child.poll() is not None or time.monotonic() > deadline:
@@ -83,7 +100,8 @@ class Dockerd:
             self.child.send_signal(number)
             self.child.wait(60)
             self.child = None
-        # A daemon that is killed leaves its containerd, which the next one would wait for as long as it ends.
+        # A daemon that is killed leaves its containerd, which the next one would wait for as long
+        # as it ends.
         pidfile = self.home / "exec/containerd/containerd.pid"
         if pidfile.exists():
             containerd, deadline = int(pidfile.read_text()), time.monotonic() + 20
@@ -113,7 +131,9 @@ class Done:
 
 @dataclass
 class Running:
-    """An ``inv`` that runs: ``until`` waits for something it prints, ``signal`` sends what Ctrl-C would."""
+    """An ``inv`` that runs: ``until`` waits for something it prints, ``signal`` sends what Ctrl-C
+    would.
+    """
 
     child: subprocess.Popen[str]
     lines: list[str] = field(default_factory=list)
@@ -169,8 +189,16 @@ class Checkout:
 
     def start(self, *words: str, env: dict[str, str] | None = None) -> Running:
         environ, argv, pipe = self.environ(env), self.argv(*words), subprocess.PIPE
-        child = subprocess.Popen(argv, cwd=self.root, env=environ, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe,
-                                 text=True, errors="replace")  # fmt: skip
+        child = subprocess.Popen(
+            argv,
+            cwd=self.root,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            errors="replace",
+        )
         return Running(child)
 
     def inv(self, *words: str, env: dict[str, str] | None = None, seconds: float = 300) -> Done:
@@ -200,7 +228,9 @@ class Checkout:
 
 @dataclass(frozen=True)
 class Built:
-    """The image that ``inv build`` made with one engine, which passed ``inv smoke``, and what they said."""
+    """The image that ``inv build`` made with one engine, which passed ``inv smoke``, and what they
+    said.
+    """
 
     checkout: Checkout
     engine: Engine
@@ -210,12 +240,21 @@ class Built:
 
     def tags(self) -> dict[str, str]:
         """Return the ID that each tag of the image has: what a failure must not change."""
-        done = self.engine.ask(self.engine.argv("images", "--no-trunc", "--format", "{{.Tag}} {{.ID}}", IMAGE))
+        done = self.engine.ask(
+            self.engine.argv("images", "--no-trunc", "--format", "{{.Tag}} {{.ID}}", IMAGE)
+        )
         return dict(line.split() for line in done.stdout.splitlines())
 
     def containers(self) -> set[str]:
         """Return every container, buildah's own among them."""
-        words = ["ps", "--all", "--no-trunc", "--format", "{{.ID}} {{.Names}}", *(["--external"] * self.engine.podman)]
+        words = [
+            "ps",
+            "--all",
+            "--no-trunc",
+            "--format",
+            "{{.ID}} {{.Names}}",
+            *(["--external"] * self.engine.podman),
+        ]
         return set(self.engine.ask(self.engine.argv(*words)).stdout.splitlines())
 
     def inv(self, *words: str, env: dict[str, str] | None = None, seconds: float = 300) -> Done:
@@ -232,7 +271,9 @@ class Built:
 
 @pytest.fixture(scope="session")
 def scratch() -> Iterator[Path]:
-    """A directory for images: gigabytes, so neither in pytest's, which is kept, nor in /tmp, which may be memory."""
+    """A directory for images: gigabytes, so neither in pytest's, which is kept, nor in /tmp, which
+    may be memory.
+    """
     home = Path(tempfile.mkdtemp(prefix="opencode-server-test-", dir="/var/tmp"))
     yield home
     mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
@@ -246,13 +287,15 @@ def scratch() -> Iterator[Path]:
 def users_store() -> str:
     """Where the user's podman keeps images."""
     done = process.run(["podman", "info", "--format", "{{.Store.GraphRoot}}"])
-    assert done.ok, f"podman does not answer; inv setup installs it: {done.said}"
+    assert done.ok, f"podman does not answer; inv setup installs it: {done.output}"
     return done.stdout.strip()
 
 
 @pytest.fixture(scope="session")
 def podman_store(scratch: Path, users_store: str) -> dict[str, str]:
-    """podman with images and containers of its own; the user's images can be built on, and cannot be changed."""
+    """podman with images and containers of its own; the user's images can be built on, and cannot
+    be changed.
+    """
     return storage(scratch / "podman", users_store)
 
 
@@ -269,7 +312,10 @@ def storage(home: Path, *reading: str) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def dockerd(scratch: Path) -> Iterator[Dockerd]:
     """A docker daemon; where there is none, the test fails."""
-    for words in (["link", "add", BRIDGE, "type", "bridge"], ["addr", "add", SUBNET, "dev", BRIDGE]):
+    for words in (
+        ["link", "add", BRIDGE, "type", "bridge"],
+        ["addr", "add", SUBNET, "dev", BRIDGE],
+    ):
         subprocess.run(["ip", *words], check=True)
     daemon = Dockerd(scratch / "docker")
     try:
@@ -281,11 +327,26 @@ def dockerd(scratch: Path) -> Iterator[Dockerd]:
 
 
 @pytest.fixture(scope="session")
-def checkout(tmp_path_factory: pytest.TempPathFactory, podman_store: dict[str, str], dockerd: Dockerd) -> Checkout:
-    """A checkout with OpenAgents fetched: the starter, committed to a git repository, is what stands in for it."""
+def checkout(
+    tmp_path_factory: pytest.TempPathFactory, podman_store: dict[str, str], dockerd: Dockerd
+) -> Checkout:
+    """A checkout with OpenAgents fetched: the starter, committed to a git repository, is what
+    stands in for it.
+    """
     root, origin = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("origin")
-    listed = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0"):
+    listed = [
+        "git",
+        "-C",
+        str(ROOT),
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+    ]
+    for name in subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split(
+        "\0"
+    ):
         if name and (ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, root / name, follow_symlinks=False)
@@ -295,9 +356,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, podman_store: dict[str, s
         subprocess.run([*git, *words], check=True)
     env = {**podman_store, **dockerd.env, "INVOKE_IMAGE": IMAGE}
     made = Checkout(root, env, tmp_path_factory.mktemp("aside"))
-    done = made.inv("fetch", "--url", str(origin), "--engine", "podman")
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    commit = head.stdout.strip()
+    done = made.inv("fetch", "--url", str(origin), "--ref", commit, "--engine", "podman")
     assert done.code == 0, done.stdout + done.stderr
-    assert json.loads((root / "vendor/OpenAgents/.fetched.json").read_text())["kind"] == "openagents"
+    assert (
+        json.loads((root / "vendor/OpenAgents/.fetched.json").read_text())["kind"] == "openagents"
+    )
     return made
 
 
@@ -319,10 +384,12 @@ def build_once(checkout: Checkout, name: str) -> Built:
         done = checkout.inv("build", "--engine", name, seconds=500)
         assert done.code == 0, done.stdout[-3000:] + done.stderr
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engines, "BUILD", checkout.root / "build")
-            engine = engines.find(name)
+            patch.setattr(detect, "BUILD", checkout.root / "build")
+            engine = detect.find(name)
         smoked = checkout.inv("smoke", "--engine", name)
         assert smoked.code == 0, smoked.stdout + smoked.stderr
-        made = Built(checkout, engine, engine.local(f"{IMAGE}:candidate"), done.stdout, smoked.stdout)
+        made = Built(
+            checkout, engine, engine.local(f"{IMAGE}:candidate"), done.stdout, smoked.stdout
+        )
         checkout.built[name] = made
     return checkout.built[name]

@@ -44,7 +44,7 @@ def quiet(messages: list[Json], tools: list[str]) -> str | Call:
     return "ok"
 
 
-class Wrong(Exception):
+class ProbeFailed(Exception):
     """A request that no OpenAI-compatible server should take."""
 
 
@@ -66,7 +66,9 @@ class Failure:
 
 @dataclass
 class FakeOpenAI:
-    """The endpoint's state; ``url`` is its base URL. ``wrong`` is what was malformed: a test ends with it empty."""
+    """The endpoint's state; ``url`` is its base URL. ``wrong`` is what was malformed: a test ends
+    with it empty.
+    """
 
     reply: Reply = quiet
     key: str = KEY
@@ -107,28 +109,44 @@ class FakeOpenAI:
 
 
 def check(condition: object, what: str) -> None:
-    """Raise Wrong when a request is not as it must be."""
+    """Raise ProbeFailed when a request is not as it must be."""
     if not condition:
-        raise Wrong(what)
+        raise ProbeFailed(what)
 
 
 def check_messages(messages: Any) -> None:
-    """Check a conversation: roles, contents, and that each tool's answer follows the call that it answers."""
+    """Check a conversation: roles, contents, and that each tool's answer follows the call that it
+    answers.
+    """
     check(isinstance(messages, list) and messages, "messages is not a list with something in it")
     open_calls: set[str] = set()
     for message in messages:
         role, content = message.get("role"), message.get("content")
-        check(role in ("system", "developer", "user", "assistant", "tool"), f"there is no role {role!r}")
+        check(
+            role in ("system", "developer", "user", "assistant", "tool"),
+            f"there is no role {role!r}",
+        )
         calls = message.get("tool_calls") or []
-        check(isinstance(content, (str, list)) or (calls and content is None), f"a message of {role} has no content")
+        check(
+            isinstance(content, (str, list)) or (calls and content is None),
+            f"a message of {role} has no content",
+        )
         if role == "tool":
-            check(message.get("tool_call_id") in open_calls, "a tool's answer follows no call of it")
+            check(
+                message.get("tool_call_id") in open_calls, "a tool's answer follows no call of it"
+            )
             open_calls.discard(message["tool_call_id"])
         else:
             check(not open_calls, f"no answer to the calls {open_calls}")
         for call in calls:
-            check(role == "assistant" and call.get("type") == "function" and call.get("id"), "a tool call is malformed")
-            check(isinstance(json.loads(call["function"]["arguments"]), dict), "a call's arguments are no object")
+            check(
+                role == "assistant" and call.get("type") == "function" and call.get("id"),
+                "a tool call is malformed",
+            )
+            check(
+                isinstance(json.loads(call["function"]["arguments"]), dict),
+                "a call's arguments are no object",
+            )
             open_calls.add(call["id"])
     check(not open_calls, f"no answer to the calls {open_calls}")
 
@@ -136,7 +154,9 @@ def check_messages(messages: Any) -> None:
 def text_of(message: Json) -> str:
     """Return a message's text."""
     content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    return (
+        content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    )
 
 
 def between(text: str, tag: str) -> str:
@@ -146,10 +166,14 @@ def between(text: str, tag: str) -> str:
 
 
 def names(text: str) -> list[str]:
-    """Return the entities of a text: its capitalised words, each once, but not a sentence's "The" and the like."""
+    """Return the entities of a text: its capitalised words, each once, but not a sentence's "The"
+    and the like.
+    """
     words = re.findall(r"\b[A-Z][A-Za-z]*\d*\b", text)
     return [
-        word for word in dict.fromkeys(words) if word.lower() not in ("the", "a", "an", "in", "it", "i", "we", "json")
+        word
+        for word in dict.fromkeys(words)
+        if word.lower() not in ("the", "a", "an", "in", "it", "i", "we", "json")
     ]
 
 
@@ -167,13 +191,19 @@ def listed(prompt: str, tag: str) -> list[Any]:
 def structured(name: str, prompt: str) -> Json:
     """Answer one of Graphiti's prompts, by the name of the schema that it asks for."""
     if name == "ExtractedEntities":
-        text = next(filter(None, (between(prompt, tag) for tag in ("TEXT", "CURRENT MESSAGE", "JSON"))), "")
+        text = next(
+            filter(None, (between(prompt, tag) for tag in ("TEXT", "CURRENT MESSAGE", "JSON"))), ""
+        )
         return {"extracted_entities": [{"name": each, "entity_type_id": 0} for each in names(text)]}
     if name == "NodeResolutions":
         known = {each["name"]: each["candidate_id"] for each in listed(prompt, "EXISTING ENTITIES")}
         return {
             "entity_resolutions": [
-                {"id": each["id"], "name": each["name"], "duplicate_candidate_id": known.get(each["name"], -1)}
+                {
+                    "id": each["id"],
+                    "name": each["name"],
+                    "duplicate_candidate_id": known.get(each["name"], -1),
+                }
                 for each in listed(prompt, "ENTITIES")
             ]
         }
@@ -183,11 +213,17 @@ def structured(name: str, prompt: str) -> Json:
         pairs = [(found[0], other) for other in found[1:2]]
         return {
             "edges": [
-                {"source_entity_name": one, "target_entity_name": other, "relation_type": "RELATES",
-                 "fact": text.strip(), "valid_at": None, "invalid_at": None}
+                {
+                    "source_entity_name": one,
+                    "target_entity_name": other,
+                    "relation_type": "RELATES",
+                    "fact": text.strip(),
+                    "valid_at": None,
+                    "invalid_at": None,
+                }
                 for one, other in pairs
             ]
-        }  # fmt: skip
+        }
     if name == "EdgeDuplicate":
         new = between(prompt, "NEW FACT").strip()
         same = [each["idx"] for each in listed(prompt, "EXISTING FACTS") if each["fact"] == new]
@@ -198,7 +234,7 @@ def structured(name: str, prompt: str) -> Json:
         return {"valid_at": None, "invalid_at": None}
     if name == "SummarizedEntities":
         return {"summaries": []}
-    raise Wrong(f"nothing here answers a schema named {name}")
+    raise ProbeFailed(f"nothing here answers a schema named {name}")
 
 
 def embedding(text: str, dimensions: int) -> list[float]:
@@ -223,11 +259,18 @@ def embeddings(fake: FakeOpenAI, body: Json) -> Json:
         {
             "object": "embedding",
             "index": index,
-            "embedding": base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() if packed else vector,
+            "embedding": base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+            if packed
+            else vector,
         }
         for index, vector in enumerate(vectors)
     ]
-    return {"object": "list", "model": body["model"], "data": data, "usage": {"prompt_tokens": 1, "total_tokens": 1}}
+    return {
+        "object": "list",
+        "model": body["model"],
+        "data": data,
+        "usage": {"prompt_tokens": 1, "total_tokens": 1},
+    }
 
 
 def think(fake: FakeOpenAI, body: Json) -> str | Call:
@@ -235,7 +278,10 @@ def think(fake: FakeOpenAI, body: Json) -> str | Call:
     check_messages(body["messages"])
     form = body.get("response_format")
     if form is not None:
-        check(form.get("type") in ("text", "json_object", "json_schema"), f"there is no response format {form}")
+        check(
+            form.get("type") in ("text", "json_object", "json_schema"),
+            f"there is no response format {form}",
+        )
     if form and form["type"] == "json_schema":
         check("properties" in form["json_schema"]["schema"], "a schema without properties")
         return json.dumps(structured(form["json_schema"]["name"], text_of(body["messages"][-1])))
@@ -246,11 +292,19 @@ def think(fake: FakeOpenAI, body: Json) -> str | Call:
         return json.dumps(structured(title[-1], text_of(body["messages"][-1]))) if title else "{}"
     tools = body.get("tools") or []
     for tool in tools:
-        check(tool.get("type") == "function" and tool["function"].get("name"), "a tool is malformed")
-        check(tool["function"].get("parameters", {}).get("type") == "object", "a tool's parameters are no object")
+        check(
+            tool.get("type") == "function" and tool["function"].get("name"), "a tool is malformed"
+        )
+        check(
+            tool["function"].get("parameters", {}).get("type") == "object",
+            "a tool's parameters are no object",
+        )
     answer = fake.reply(body["messages"], [tool["function"]["name"] for tool in tools])
     if isinstance(answer, Call):
-        check(answer.name in [tool["function"]["name"] for tool in tools], f"the client offers no tool {answer.name}")
+        check(
+            answer.name in [tool["function"]["name"] for tool in tools],
+            f"the client offers no tool {answer.name}",
+        )
     return answer
 
 
@@ -272,34 +326,63 @@ def chat(fake: FakeOpenAI, body: Json) -> tuple[Json, list[Json]]:
             *({"content": part} for part in re.findall(r"\S*\s*", answer) if part),
         ]
     whole = {
-        **stamp, "object": "chat.completion", "usage": usage,
+        **stamp,
+        "object": "chat.completion",
+        "usage": usage,
         "choices": [{"index": 0, "message": message, "finish_reason": finish}],
-    }  # fmt: skip
+    }
     chunk = {**stamp, "object": "chat.completion.chunk"}
-    chunks = [{**chunk, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
-    chunks.append({**chunk, "choices": [{"index": 0, "delta": {}, "finish_reason": finish}], "usage": usage})
+    chunks = [
+        {**chunk, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+        for delta in deltas
+    ]
+    chunks.append(
+        {**chunk, "choices": [{"index": 0, "delta": {}, "finish_reason": finish}], "usage": usage}
+    )
     return whole, chunks
 
 
 def responses(fake: FakeOpenAI, body: Json) -> Json:
     """Answer /v1/responses, which OpenAI's structured outputs come by; without streams and tools."""
     given = body.get("input")
-    messages: list[Json] = given if isinstance(given, list) else [{"role": "user", "content": given}]
+    messages: list[Json] = (
+        given if isinstance(given, list) else [{"role": "user", "content": given}]
+    )
     form = (body.get("text") or {}).get("format")
     if form and form.get("type") == "json_schema":
-        check(form.get("strict") and form["schema"].get("additionalProperties") is False, "a schema that is not strict")
+        check(
+            form.get("strict") and form["schema"].get("additionalProperties") is False,
+            "a schema that is not strict",
+        )
         check_messages(messages)
         text = json.dumps(structured(form["name"], text_of(messages[-1])))
     else:
         text = str(think(fake, {"messages": messages}))
     output = {"type": "output_text", "text": text, "annotations": []}
-    message = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": [output]}
-    details = {"input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
+    message = {
+        "id": "msg_1",
+        "type": "message",
+        "role": "assistant",
+        "status": "completed",
+        "content": [output],
+    }
+    details = {
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": 0},
+    }
     return {
-        "id": "resp_1", "object": "response", "created_at": time.time(), "model": body["model"], "status": "completed",
-        "output": [message], "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "error": None,
+        "id": "resp_1",
+        "object": "response",
+        "created_at": time.time(),
+        "model": body["model"],
+        "status": "completed",
+        "output": [message],
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "tools": [],
+        "error": None,
         "usage": {"input_tokens": 1, "output_tokens": 1, "total_tokens": 2, **details},
-    }  # fmt: skip
+    }
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -311,7 +394,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path.endswith("/models"):
-            models = [{"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in (MODEL, EMBEDDER)]
+            models = [
+                {"id": name, "object": "model", "created": 0, "owned_by": "test"}
+                for name in (MODEL, EMBEDDER)
+            ]
             self._answer(200, {"object": "list", "data": models})
         else:
             self._error(404, f"there is no {self.path}")
@@ -339,7 +425,7 @@ class Handler(BaseHTTPRequestHandler):
             fake.requests.append((self.path, body))
             check(isinstance(body.get("model"), str) and body["model"], "no model is named")
             self._route(body)
-        except (Wrong, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ProbeFailed, ValueError, KeyError, TypeError, AttributeError) as error:
             fake.wrong.append(f"{self.path}: {type(error).__name__}: {error}")
             self._error(400, str(error))
 
@@ -352,22 +438,32 @@ class Handler(BaseHTTPRequestHandler):
             whole, chunks = chat(self.fake, body)
             if body.get("stream"):
                 events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
-                self._send(200, "text/event-stream", "".join([*events, "data: [DONE]\n\n"]).encode())
+                self._send(
+                    200, "text/event-stream", "".join([*events, "data: [DONE]\n\n"]).encode()
+                )
             else:
                 self._answer(200, whole)
         else:
             self._error(404, f"there is no {self.path}")
 
     def _error(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        self._answer(status, {"error": {"message": message, "type": "fake", "code": status}}, headers)
+        self._answer(
+            status, {"error": {"message": message, "type": "fake", "code": status}}, headers
+        )
 
     def _answer(self, status: int, body: Json, headers: dict[str, str] | None = None) -> None:
         self._send(status, "application/json", json.dumps(body).encode(), headers)
 
-    def _send(self, status: int, kind: str, body: bytes, headers: dict[str, str] | None = None) -> None:
+    def _send(
+        self, status: int, kind: str, body: bytes, headers: dict[str, str] | None = None
+    ) -> None:
         with contextlib.suppress(OSError):  # a client that was killed
             self.send_response(status)
-            for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}.items():
+            for name, value in {
+                "Content-Type": kind,
+                "Content-Length": str(len(body)),
+                **(headers or {}),
+            }.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)

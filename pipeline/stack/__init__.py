@@ -1,1 +1,1 @@
-"""The stack: the server with its databases, its backup and an Agent, on this machine, out of ``deploy/``."""
+"""The stack on this machine: the server, databases, backup and Agent of ``deploy/``."""

@@ -1,4 +1,4 @@
-"""``status``: how the stack is, part by part, and in so many words what is wrong with it."""
+"""``status``: the state of each part, and one sentence for each problem."""
 
 from __future__ import annotations
 
@@ -10,177 +10,171 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from pipeline.engine import Engine
-from pipeline.errors import NoStack, StackUnwell
-from pipeline.report import fail, ok, say, table
-from pipeline.settings import Settings
-from pipeline.stack import life, upgrade
-from pipeline.stack.runner import Runner, State
+from pipeline.core.console import fail, log, megabytes, ok, table
+from pipeline.core.errors import NoStack, StackUnwell
+from pipeline.core.settings import Settings
+from pipeline.engines.engine import Engine
+from pipeline.stack.compose import Project, State, project_of
 
 FULL_PERCENT = 90
 ANSWER_SECONDS = 20
-PLACES = {
-    "falkordb": ("/var/lib/opencode",), "valkey": ("/var/lib/opencode",), "backup": ("/backups",),
-    "opencode": ("/root/.local/share/opencode", "/workspace"),
-}  # fmt: skip
-"""Where each part's volumes are mounted."""
+
+MOUNTS = (
+    ("falkordb", "/var/lib/opencode"),
+    ("valkey", "/var/lib/opencode"),
+    ("opencode", "/root/.local/share/opencode"),
+    ("opencode", "/workspace"),
+    ("backup", "/backups"),
+)
+"""Part and path of each volume."""
+
+SILENT = {"server": {"state": "failing", "detail": "/app/scripts/status does not answer"}}
 
 RECENT = timedelta(hours=1)
-"""How long a restart is something wrong: after that the part has been well for so long."""
-
-HARMLESS = ("absent",)
-"""What ``/app/scripts/status`` says of what nobody has set up."""
+"""A restart longer ago than this is no problem any more."""
 
 
 @dataclass(frozen=True)
 class Volume:
-    """A volume as its part sees it: bytes that are used in it, and how full what it lies on is, in percent."""
+    """A volume: bytes used in it, and the usage of its disk in percent."""
 
     part: str
     path: str
     used: int
-    full: int
+    percent: int
 
 
 @dataclass
 class Health:
-    """What is known of the stack: ``wrong`` is a sentence for each thing that is not as it should be."""
+    """What ``status --json`` prints.
 
-    states: dict[str, State] = field(default_factory=dict)
-    answers: dict[str, dict[str, str]] = field(default_factory=dict)
+    ``answers`` are those of /app/scripts/status by part, ``memory`` is USED / LIMIT by container,
+    ``backup`` what ``backup status`` reports, with its exit ``code`` and a ``message``.
+    """
+
+    states: dict[str, State]
+    answers: dict[str, dict[str, str]]
+    backup: dict[str, Any]
+    volumes: list[Volume]
     memory: dict[str, str] = field(default_factory=dict)
-    volumes: list[Volume] = field(default_factory=list)
-    backup: dict[str, Any] = field(default_factory=dict)
-    wrong: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
-def look(run: Runner) -> Health:
-    """Ask the engine and the parts, side by side. A part that does not answer costs ANSWER_SECONDS."""
-    health = Health()
+def check(project: Project) -> Health:
+    """Ask the engine and the parts concurrently; each may take ANSWER_SECONDS."""
+    parts = project.parts
+    containers = [project.container(part) for part in parts]
     with ThreadPoolExecutor() as pool:
-        health.states = dict(zip(run.stack.parts, pool.map(run.state, run.stack.parts), strict=True))
-        running = [part for part, state in health.states.items() if state.running]
-        answers = pool.submit(_answers, run) if "opencode" in running else None
-        backup = pool.submit(_backup, run) if "backup" in running else None
-        memory = pool.submit(_memory, run, running)
-        for volumes in pool.map(lambda part: _volumes(run, part), running):
-            health.volumes += volumes
-        health.answers = answers.result() if answers else {}
-        health.backup = backup.result() if backup else {}
-        health.memory = memory.result()
-    health.wrong = list(faults(health))
+        states = pool.map(project.state, parts)
+        answers = pool.submit(_ask, project, "opencode", "/app/scripts/status")
+        backup = pool.submit(_ask, project, "backup", "/app/scripts/backup", "status")
+        memory = pool.submit(project.engine.ask, project.engine.memory(containers))
+        volumes = pool.map(lambda mount: _volume(project, *mount), MOUNTS)
+    lines = memory.result().stdout.splitlines()
+    health = Health(
+        states=dict(zip(parts, states, strict=True)),
+        answers=answers.result().get("parts", SILENT),
+        backup=backup.result(),
+        volumes=[volume for volume in volumes if volume],
+        memory=dict(line.split("\t") for line in lines),
+    )
+    health.problems = list(problems(health))
     return health
 
 
-def _answers(run: Runner) -> dict[str, dict[str, str]]:
+def _ask(project: Project, part: str, *command: str) -> dict[str, Any]:
+    """Return what a command with ``--json`` prints, with its exit ``code`` and a ``message``."""
     try:
-        done = run.exec("opencode", "/app/scripts/status", "--json", timeout=ANSWER_SECONDS)
-        return dict(json.loads(done.stdout)["parts"])
-    except (subprocess.TimeoutExpired, ValueError, KeyError):
-        return {"server": {"state": "failing", "detail": "its own status does not answer"}}
+        done = project.exec(part, *command, "--json", timeout=ANSWER_SECONDS)
+        answer = dict(json.loads(done.stdout))
+    except (subprocess.TimeoutExpired, ValueError):
+        return {"code": -1, "message": f"{command[0]} does not answer"}
+    message = done.stderr.partition("\n")[0]
+    return answer | {"code": done.code, "message": message}
 
 
-def _backup(run: Runner) -> dict[str, Any]:
+def _volume(project: Project, part: str, path: str) -> Volume | None:
+    """Measure a volume; None if the part does not run."""
+    script = f"df -P {path} | awk 'END {{print $5 + 0}}'; du -sk {path}"
     try:
-        done = run.backup("status", "--json", timeout=ANSWER_SECONDS)
-        return {"code": done.code, "said": (done.stderr.strip() or done.stdout.strip()), **_json(done.stdout)}
-    except subprocess.TimeoutExpired:
-        return {"code": -1, "said": "backup status does not answer"}
+        output = project.exec(part, "sh", "-c", script, timeout=ANSWER_SECONDS).stdout
+        percent, used, _ = output.split()
+    except (subprocess.TimeoutExpired, ValueError):
+        return None
+    return Volume(part, path, int(used) * 1024, int(percent))
 
 
-def _memory(run: Runner, running: list[str]) -> dict[str, str]:
-    """Return the memory that each running part uses, in the engine's words, by container."""
-    if not running:
-        return {}
-    names = map(run.container, running)
-    argv = run.engine.argv("stats", "--no-stream", "--format", "{{.Name}}\t{{.MemUsage}}", *names)
-    done = run.engine.ask(argv, timeout=60)
-    return dict(line.split("\t") for line in done.stdout.splitlines() if "\t" in line)
-
-
-def _json(text: str) -> dict[str, Any]:
-    try:
-        said = json.loads(text)
-    except ValueError:
-        return {}
-    return said if isinstance(said, dict) else {}
-
-
-def _volumes(run: Runner, part: str) -> list[Volume]:
-    found = []
-    for path in PLACES.get(part, ()):
-        script = f"df -Pk {path} | tail -1; du -sk {path} 2>/dev/null"
-        try:
-            lines = run.exec(part, "sh", "-c", script, timeout=ANSWER_SECONDS).stdout.splitlines()
-            disk, used = lines[0].split(), lines[-1].split()
-            found.append(Volume(part, path, int(used[0]) * 1024, int(disk[4].rstrip("%"))))
-        except (subprocess.TimeoutExpired, ValueError, IndexError):
-            continue
-    return found
-
-
-def faults(health: Health) -> Iterator[str]:
-    """Yield a sentence for each thing that is wrong."""
+def problems(health: Health) -> Iterator[str]:
+    """Yield a sentence for each problem."""
     for part, state in health.states.items():
-        if not state.there:
-            yield f"{part} is not up: inv up starts it"
-        elif not state.running:
-            why = "it was out of memory" if state.oom else f"it ended with exit code {state.code}"
-            yield f"{part} is down, {why}: inv logs --part {part}, inv up"
-        elif state.restarts and datetime.now(UTC) - datetime.fromisoformat(state.since) < RECENT:
-            when = state.since[:16].replace("T", " ")
-            yield f"{part} has ended {state.restarts} times, and is up again since {when}: inv logs --part {part}"
-    for part, said in health.answers.items():
-        if said["state"] not in ("ok", *HARMLESS) and part != "backup":
-            yield f"{part} is {said['state']}: {said['detail']}"
+        if problem := _problem_of(state):
+            yield f"{part} {problem}: inv logs --part {part}, inv up"
+    for part, answer in health.answers.items():
+        if answer["state"] not in {"ok", "absent"} and part != "backup":
+            yield f"{part} is {answer['state']}: {answer['detail']}"
     for volume in health.volumes:
-        if volume.full >= FULL_PERCENT:
-            yield f"{volume.part}'s {volume.path} lies on a disk that is {volume.full} % full: make room"
-    if health.backup.get("code"):
-        words = str(health.backup["said"]).splitlines() or [f"its status ended with {health.backup['code']}"]
-        yield f"backup: {words[0]}"
+        if volume.percent >= FULL_PERCENT:
+            place = f"{volume.part}'s {volume.path}"
+            yield f"the disk of {place} is {volume.percent}% full: free up space"
+    if health.backup["code"]:
+        yield f"backup: {health.backup['message']}"
+
+
+def _problem_of(state: State) -> str:
+    """Return what is wrong with a container, or an empty string."""
+    if not state.exists:
+        return "is not running"
+    if not state.running:
+        return "ran out of memory" if state.oom else f"exited with code {state.code}"
+    started = datetime.fromisoformat(state.since)
+    if state.restarts and datetime.now(UTC) - started < RECENT:
+        return f"has restarted {state.restarts} times"
+    return ""
 
 
 def status(settings: Settings, engine: Engine, *, as_json: bool = False) -> None:
-    """Print how the stack is. Raises NoStack when none of it is there, StackUnwell when something is wrong."""
-    run = life.of(settings, engine)
-    health = look(run)
-    if not any(state.there for state in health.states.values()):
-        raise NoStack(f"the stack {settings.stack.name} is not up", "inv up starts it.")
-    if pending := upgrade.pending(run):
-        health.wrong.append(
-            f"an upgrade from {pending['from'][:12]} was interrupted: inv upgrade finishes or undoes it"
-        )
+    """Print the health of the stack. Raises NoStack if nothing runs, StackUnwell for problems."""
+    project = project_of(settings, engine)
+    health = check(project)
+    if not any(state.exists for state in health.states.values()):
+        raise NoStack(f"the stack {project.name} is not running", "Start it: inv up.")
+    if project.note.exists():
+        health.problems.append("an upgrade was interrupted: inv upgrade finishes or undoes it")
     if as_json:
         print(json.dumps(asdict(health)))
     else:
-        _print(run, settings, health)
-    if health.wrong:
-        raise StackUnwell("; ".join(health.wrong), "Each says what to do; docs/operations.md says more.")
+        _print(project, health)
+    if health.problems:
+        raise StackUnwell("; ".join(health.problems), "See docs/operations.md.")
 
 
-def _age(backup: dict[str, Any]) -> str:
-    ages = [part["age_seconds"] for part in (backup.get("parts") or {}).values()]
-    if ages:
-        return f"the oldest newest copy of a part is {max(ages) / 3600:.1f} hours old"
-    return str(backup.get("said", "is not up")).partition("\n")[0]
-
-
-def _print(run: Runner, settings: Settings, health: Health) -> None:
+def _print(project: Project, health: Health) -> None:
     rows = []
     for part, state in health.states.items():
-        how = "up" if state.running else f"ended with {state.code}" if state.there else "not there"
-        sizes = [f"{volume.used / 1e6:,.1f} MB" for volume in health.volumes if volume.part == part]
-        image = state.image.removeprefix("sha256:")[:12]
-        since = state.since.split(".")[0].replace("T", " ")
-        rows.append([part, how, since, health.memory.get(run.container(part), ""), " + ".join(sizes), image])
-    table(f"{settings.stack.name} on {life.server(run, settings).url}",
-          ["part", "is", "since", "memory", "volumes", "image"], rows)  # fmt: skip
-    for part, said in health.answers.items():
-        if part != "backup":
-            say(f"{part:9} {said['state']:8} {said['detail']}")
-    say(f"backup    {_age(health.backup)}")
-    for sentence in health.wrong:
-        fail(sentence)
-    if not health.wrong:
-        ok("all is well")
+        sizes = [megabytes(volume.used) for volume in health.volumes if volume.part == part]
+        row = [
+            part,
+            "running" if state.running else "stopped",
+            state.since[:19],
+            health.memory.get(project.container(part), ""),
+            " + ".join(sizes),
+            state.image.removeprefix("sha256:")[:12],
+        ]
+        rows.append(row)
+    columns = [
+        "part",
+        "state",
+        "since",
+        "memory",
+        "volumes",
+        "image",
+    ]
+    table(f"{project.name} on {project.address}", columns, rows)
+    for part, answer in health.answers.items():
+        log(f"{part:9} {answer['state']:8} {answer['detail']}")
+    for part, backup in health.backup.get("parts", {}).items():
+        log(f"backup of {part}: {backup['age_seconds'] / 3600:.1f} hours old")
+    for problem in health.problems:
+        fail(problem)
+    if not health.problems:
+        ok("the stack is healthy")

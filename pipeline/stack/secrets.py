@@ -1,4 +1,4 @@
-"""The stack's secrets: three files of NAME=value, which only their owner may read, and a password for each lock."""
+"""The stack's secrets: three files of NAME=value, mode 0600, with generated passwords."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.errors import SecretsRefused
-from pipeline.settings import ROOT, Settings
-from pipeline.stack.manifests import read_env
+from pipeline.core.errors import SecretsRefused
+from pipeline.core.settings import ROOT, Settings
 
-SERVER, BACKUP, AGENT = "server.env", "backup.env", "datadog.env"
+SERVER = "server.env"
+BACKUP = "backup.env"
+AGENT = "datadog.env"
 
-BEGINNINGS = {
-    SERVER: (
-        "# What the server is given: its password, the databases', and models' keys (ANTHROPIC_API_KEY=… and so on).",
-        ("OPENCODE_SERVER_PASSWORD", "FALKORDB_PASSWORD", "VALKEY_PASSWORD"),
-    ),
-    BACKUP: (
-        "# What only the backup is given: BACKUP_REMOTE, RCLONE_CONFIG_* (docs/backup.md). Keep a copy elsewhere.",
-        ("BACKUP_PASSWORD",),
-    ),
-    AGENT: ("# What only the Datadog Agent is given. With a DD_API_KEY here, inv up starts one.", ()),
+HEADERS = {
+    SERVER: "# The server's variables: passwords, and API keys such as ANTHROPIC_API_KEY.",
+    BACKUP: "# The backup's variables: BACKUP_REMOTE, RCLONE_CONFIG_*. Keep a copy.",
+    AGENT: "# Variables of the Datadog Agent. With DD_API_KEY set, `inv up` starts an Agent.",
 }
-"""What each file begins with, and the passwords that are made for it."""
 
-PASSED_ON = ("DD_API_KEY", "DD_SITE")
-"""Variables of who starts the stack that the Agent's file is given, once: who starts it next may lack them."""
+SERVER_PASSWORDS = ("OPENCODE_SERVER_PASSWORD", "FALKORDB_PASSWORD", "VALKEY_PASSWORD")
+UNSAFE = set("\"'\\$")
+
+PASSWORDS = {SERVER: SERVER_PASSWORDS, BACKUP: ("BACKUP_PASSWORD",), AGENT: ()}
+"""The passwords that are generated, by file."""
+
+FROM_ENVIRONMENT = ("DD_API_KEY", "DD_SITE")
+"""Variables that ``inv up`` copies from its environment to datadog.env if they are not in it."""
 
 
 def home(settings: Settings) -> Path:
-    """Return the directory of a stack's secrets and of what is known of it."""
+    """Return the directory of the stack's secrets, lock and upgrade record."""
     if settings.stack.home:
         return ROOT / Path(settings.stack.home).expanduser()
     config = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
@@ -40,74 +40,75 @@ def home(settings: Settings) -> Path:
 
 
 def read(where: Path) -> dict[str, dict[str, str]]:
-    """Return the secrets by the names of their Secrets, as far as their files are there. Raises SecretsRefused."""
-    found: dict[str, dict[str, str]] = {}
-    for name in BEGINNINGS:
-        path = where / name
-        variables = read_env(path) if _is_private(path) else {}
-        _check(path, variables)
-        found[_secret(name)] = variables
-    return found
+    """Return the variables of each file in the directory ``where``; a missing file has none.
+
+    Raises SecretsRefused.
+    """
+    return {name: _read_file(where / name) for name in HEADERS}
 
 
 def ensure(where: Path, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Make what is not there yet, each file 0600 and with passwords of its own; return the names of those written.
+    """Write the files that are missing and add the passwords that a file lacks.
 
-    A password that a file of the user's lacks is added to it. Raises SecretsRefused.
+    Returns the names of the files written. Raises SecretsRefused.
     """
     where.mkdir(parents=True, exist_ok=True, mode=0o700)
-    made = []
-    for name, (comment, passwords) in BEGINNINGS.items():
+    written = []
+    for name, header in HEADERS.items():
         path = where / name
-        there = read_env(path) if _is_private(path) else {}
-        lines = [f"{key}={secrets.token_urlsafe(24)}" for key in passwords if key not in there]
+        existing = _read_file(path)
+        text = path.read_text().rstrip() if path.exists() else header
+        lines = [text]
+        for key in PASSWORDS[name]:
+            if not existing.get(key):
+                lines.append(f"{key}={secrets.token_urlsafe(24)}")
         if name == AGENT:
-            lines = [f"{key}={environ[key]}" for key in PASSED_ON if environ.get(key) and not there.get(key)]
-        if path.exists() and not lines:
-            continue
-        text = path.read_text() if path.exists() else f"{comment}\n"
-        _write(path, "\n".join([text.rstrip("\n"), *lines, ""]))
-        made.append(name)
-    return made
+            for key in FROM_ENVIRONMENT:
+                if environ.get(key) and not existing.get(key):
+                    lines.append(f"{key}={environ[key]}")
+        if len(lines) > 1 or not path.exists():
+            _write(path, "\n".join([*lines, ""]))
+            written.append(name)
+    return written
 
 
 def check_passwords(known: Mapping[str, Mapping[str, str]]) -> None:
-    """Refuse to go on without a password that a part is to be locked with. Raises SecretsRefused."""
-    for name, (_, passwords) in BEGINNINGS.items():
+    """Raise SecretsRefused if a password is missing in what ``read`` returned."""
+    for name, passwords in PASSWORDS.items():
         for key in passwords:
-            if not known[_secret(name)].get(key):
-                raise SecretsRefused(f"{name} has no {key}", "inv up makes one, and starts with it what is not up.")
+            if not known[name].get(key):
+                raise SecretsRefused(f"{name} has no {key}", "inv up generates it.")
 
 
-def _secret(name: str) -> str:
-    return f"opencode-{name.removesuffix('.env')}"
+def _read_file(path: Path) -> dict[str, str]:
+    """Return the variables of one file. Raises SecretsRefused."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return {}
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise SecretsRefused(
+            f"{path} is accessible by other users",
+            f"chmod 600 {path}, and replace the passwords and keys in it.",
+        )
+    variables = {}
+    for line in path.read_text().splitlines():
+        name, separator, value = line.strip().partition("=")
+        if not separator or name.startswith("#"):
+            continue
+        variables[name] = value
+        if set(value) & UNSAFE and name.endswith(("_PASSWORD", "_KEY")):
+            raise SecretsRefused(
+                f"{name} in {path} contains a quote, a backslash or a $",
+                "Use a value without them: Compose, Redis and kustomize parse them differently.",
+            )
+    return variables
 
 
 def _write(path: Path, text: str) -> None:
+    """Replace a file atomically, mode 0600."""
     draft = path.with_name(f".{path.name}.new")
     draft.unlink(missing_ok=True)
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    draft.touch(mode=0o600)
+    draft.write_text(text)
     draft.replace(path)
-
-
-def _is_private(path: Path) -> bool:
-    try:
-        seen = path.stat()
-    except FileNotFoundError:
-        return False
-    if seen.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise SecretsRefused(f"{path} can be read by others", f"chmod 600 {path}, and change what is in it.")
-    return True
-
-
-def _check(path: Path, variables: Mapping[str, str]) -> None:
-    """Refuse what one reader of such files would take for something else than another does. Raises SecretsRefused."""
-    for key, value in variables.items():
-        if key.endswith("_PASSWORD") and not value:
-            raise SecretsRefused(f"{key} in {path} is empty", "Give it a value, or remove the line: one is made then.")
-        if set(value) & set("\"'\\$\n") and key.endswith(("_PASSWORD", "_KEY")):
-            remedy = "Compose, Redis and kustomize read those differently: take a value without them."
-            raise SecretsRefused(f"{key} in {path} has a quote, a backslash or a $ in it", remedy)

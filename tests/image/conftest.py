@@ -42,11 +42,16 @@ def derive(
     """Build an image on top of the candidate, in a second or so, and return its reference."""
     with tempfile.TemporaryDirectory() as scratch:
         context = Path(scratch)
-        (context / "Containerfile").write_text("\n".join([f"FROM {built.reference}", *instructions, ""]))
+        (context / "Containerfile").write_text(
+            "\n".join([f"FROM {built.reference}", *instructions, ""])
+        )
         for path, content in (files or {}).items():
             (context / path).write_text(content)
         argv = built.engine.build(
-            context, tag=f"{IMAGE}-{name}", containerfile=context / "Containerfile", build_args=build_args
+            context,
+            tag=f"{IMAGE}-{name}",
+            containerfile=context / "Containerfile",
+            build_args=build_args,
         )
         if oci and built.engine.podman:
             argv[argv.index("--format") + 1] = "oci"

@@ -1,21 +1,27 @@
-"""deploy/compose.yaml as its first lines say: three files beside it, one command; docker-compose and podman-compose."""
+"""deploy/compose.yaml as its first lines say: three files beside it, one command; docker-compose
+and podman-compose.
+"""
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline.engine import Engine
-from pipeline.settings import ROOT, Settings
+from pipeline.core import process
+from pipeline.core.settings import ROOT, Settings
+from pipeline.engines.engine import Engine
 from pipeline.stack import databases
-from pipeline.stack.manifests import Manifests
 from tests.servers import until
-from tests.stack_up import Up
+from tests.stack_up import PASSWORDS, Up, named_prefix, pod_of, team
 
 pytestmark = pytest.mark.engine
 
@@ -34,21 +40,32 @@ def test_compose_starts_it_with_the_documented_command(stack: Up, tmp_path: Path
     shutil.copytree(ROOT / "deploy", deploy)
     for name in ("server", "backup", "datadog"):
         text = (deploy / f"kubernetes/team/{name}.env.example").read_text()
-        lines = [line for line in text.splitlines() if not line.startswith(("BACKUP_REMOTE", "RCLONE_"))]
+        lines = [
+            line for line in text.splitlines() if not line.startswith(("BACKUP_REMOTE", "RCLONE_"))
+        ]
         filled = [f"{line}of-a-test" if line.endswith("_PASSWORD=") else line for line in lines]
         (deploy / f"{name}.env").write_text("\n".join([*filled, ""]))
-    made = databases.ensure(Settings(), engine, Manifests.read(), "falkordb", stack.built.reference)
-    env = {**os.environ, **engine.env, "OPENCODE_STACK": stack.name, "OPENCODE_PORT": str(stack.port)}
-    env |= {"FALKORDB_IMAGE": made, "VALKEY_IMAGE": made, "OPENCODE_IMAGE": stack.built.reference,
-            "OPENCODE_BACKUP_IMAGE": stack.built.reference}  # fmt: skip
+    made = databases_image(stack)
+    env = {
+        **os.environ,
+        **engine.env,
+        "OPENCODE_STACK": stack.name,
+        "OPENCODE_PORT": str(stack.port),
+    }
+    env |= {
+        "FALKORDB_IMAGE": made,
+        "VALKEY_IMAGE": made,
+        "OPENCODE_IMAGE": stack.built.reference,
+        "BACKUP_IMAGE": stack.built.reference,
+    }
+    options = []
     if engine.podman:
-        text, variable = engine.containers_conf({})
-        (tmp_path / "containers.conf").write_text(text)
-        env[variable] = str(tmp_path / "containers.conf")
+        options = ["--in-pod=false", f"--podman-args={shlex.join(engine.flags)}"]
+        options.append(f"--podman-run-args={shlex.join(engine.limits)}")
 
     def compose(*words: str) -> None:
         argv = [program(engine), "--project-name", stack.name, "--env-file", "deploy/server.env"]
-        argv += ["--file", "deploy/compose.yaml", *words]
+        argv += ["--file", "deploy/compose.yaml", *options, *words]
         subprocess.run(argv, check=True, cwd=tmp_path, env=env, capture_output=True)
 
     def status(name: str) -> str:
@@ -58,8 +75,80 @@ def test_compose_starts_it_with_the_documented_command(stack: Up, tmp_path: Path
     try:
         compose("up", "--detach")
         said = until(lambda: status(stack.name), "all parts answer")
-        for words in ("server    ok", "password asked for", "falkordb  ok", "valkey    ok"):
+        for words in ("server    ok", "password required", "falkordb  ok", "valkey    ok"):
             assert words in said
-        assert engine.ask(engine.exec(f"{stack.name}-backup", "/app/scripts/backup", "run", "--create")).ok
+        assert engine.ask(
+            engine.exec(f"{stack.name}-backup", "/app/scripts/backup", "run", "--create")
+        ).ok
     finally:
         compose("down", "--volumes")
+
+
+def databases_image(stack: Up) -> str:
+    """Return the databases' image, built for the stack, which removes its tag at the end."""
+    settings = Settings.model_validate({"stack": {"name": stack.name}})
+    databases.ensure(settings, stack.built.engine, "falkordb", stack.built.reference)
+    return databases.find(settings, stack.built.engine, "falkordb")
+
+
+def playable(part: str, documents: list[dict[str, Any]], image: str, prefix: str) -> dict[str, Any]:
+    """Return a rendered pod as podman 4.3 can play it: without Secrets, claims and limits of CPUs."""
+    spec = copy.deepcopy(pod_of(documents, part))
+    (container,) = spec["containers"]
+    variables = {name: f"{name.lower()}-of-a-test" for name in PASSWORDS[:3]}
+    if part == "opencode":
+        variables |= named_prefix(documents, "ConfigMap", "opencode-settings")["data"]
+    container.pop("envFrom", None)
+    container.pop("ports", None)
+    container["resources"]["limits"].pop("cpu")
+    container |= {"image": image, "imagePullPolicy": "Never"}
+    container["env"] = [{"name": name, "value": value} for name, value in variables.items()]
+    spec["volumes"] = []
+    for mount in container["volumeMounts"]:
+        mount["name"] = f"{prefix}-{part}-{mount['name']}"
+        spec["volumes"].append({"name": mount["name"], "emptyDir": {}})
+    # podman makes the volumes root's; a cluster gives them to fsGroup.
+    spec["securityContext"] = {"runAsUser": 1000 if part == "opencode" else 0}
+    name = "opencode" if part == "opencode" else f"opencode-{part}"
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
+
+
+@pytest.mark.parametrize("stack", ["podman"], indirect=True)
+def test_podman_plays_what_kustomize_renders_of_a_team(stack: Up, tmp_path: Path) -> None:
+    engine, network = stack.built.engine, f"{stack.name}-kube"
+    made = databases_image(stack)
+    images = {"falkordb": made, "valkey": made, "opencode": stack.built.reference}
+    documents = team(tmp_path)
+    # `kube play` has no flag for ulimits.
+    limits = [limit for limit in engine.limits if limit != "--ulimit"]
+    configuration = tmp_path / "containers.conf"
+    configuration.write_text(f"[containers]\ndefault_ulimits = {json.dumps(limits)}\n")
+    env = {**engine.env, "CONTAINERS_CONF": str(configuration)}
+    stack.engine("network", "create", network)
+    try:
+        for part, image in images.items():
+            pod = json.dumps(playable(part, documents, image, stack.name)).encode()
+            play = engine.argv("kube", "play", "--network", network, "-")
+            done = process.run(play, stdin=pod, env=env)
+            assert done.ok, done.output
+
+        def status() -> str:
+            done = engine.ask(engine.exec("opencode-opencode", "/app/scripts/status"))
+            return done.stdout if done.ok else ""
+
+        output = until(status, "all parts answer")
+        for words in ("server    ok", "falkordb  ok", "valkey    ok"):
+            assert words in output
+        for part in images:
+            container = "opencode-opencode" if part == "opencode" else f"opencode-{part}-{part}"
+            described = pod_of(documents, part)["containers"][0]
+            for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+                command = described[probe]["exec"]["command"]
+                assert engine.ask(engine.exec(container, *command)).ok, (part, probe)
+    finally:
+        for name in ("opencode", "opencode-falkordb", "opencode-valkey"):
+            engine.ask(engine.argv("pod", "rm", "--force", name))
+        for volume in stack.engine("volume", "ls", "--quiet").split():
+            if volume.startswith(f"{stack.name}-"):
+                engine.ask(engine.remove_volume(volume))
+        engine.ask(engine.remove_network(network))

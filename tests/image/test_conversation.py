@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
-from pipeline import conversation, peer
-from pipeline.container import Container, running
-from pipeline.probes import Subject
-from pipeline.settings import Settings
+from pipeline.engines.container import Container, running
+from pipeline.smoke import conversation, fake_upstreams
 from tests.conftest import Built
 from tests.image.conftest import derive
 from tests.servers import ask, datadog_agent, until
@@ -36,7 +34,7 @@ const idle = (async () => {
 await open
 const session = (await client.session.create({ body: { title: "with the SDK" } })).data
 const text = 'PLAN [["bash", {"command": "echo from the SDK", "description": "says it"}]] END'
-const body = { model: { providerID: "peer", modelID: "told" }, parts: [{ type: "text", text }] }
+const body = { model: { providerID: "fake", modelID: "scripted" }, parts: [{ type: "text", text }] }
 const answer = (await client.session.prompt({ path: { id: session.id }, body })).data
 await idle
 const found = (await client.session.list()).data.map((each) => each.title)
@@ -46,33 +44,50 @@ process.exit(0)
 
 
 @contextlib.contextmanager
-def talking(built: Built, *, agent: bool, env: dict[str, str] | None = None) -> Iterator[conversation.Talk]:
-    """A conversation with a container that has no network but its own loopback and the published port."""
-    words = [*conversation.environment(), *(f"{name}={value}" for name, value in (env or {}).items())]
-    with running(built.engine, built.inspect()["Id"], password="pw", env=words, timeout=30) as container:  # noqa: S106
+def talking(
+    built: Built,
+    *,
+    ports: Sequence[int] = (fake_upstreams.MODEL,),
+    env: dict[str, str] | None = None,
+) -> Iterator[conversation.Session]:
+    """A conversation with a container that has no network but its own loopback and the published
+    port.
+    """
+    words = [
+        *conversation.environment(),
+        *(f"{name}={value}" for name, value in (env or {}).items()),
+    ]
+    with running(
+        built.engine,
+        built.inspect()["Id"],
+        password="pw",  # noqa: S106
+        env=words,
+        timeout=30,
+    ) as container:
         container.wait_ready(60)
-        assert container.server
-        subject = Subject(Settings(), container.server, built.engine, built.inspect(), container)
-        conversation.bring(container, agent=agent)
-        with conversation.begun(subject) as talk:
-            yield talk
+        conversation.start_upstreams(container, ports=ports)
+        session = conversation.Session(container)
+        conversation.session(session)
+        yield session
 
 
 def test_every_deep_probe_passes_and_is_a_line(built: Built) -> None:
     done = built.inv("smoke", "--deep")
     assert done.code == 0, done.stdout + done.stderr
     passed = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("ok ")}
-    assert {probe.name for probe in (*conversation.PROBES, conversation.LAST)} <= passed
+    assert {probe.name for probe in (*conversation.PROBES, conversation.RESTART)} <= passed
 
 
-@pytest.mark.parametrize("built", ["podman"], indirect=True)  # a probe asks the server, whatever the engine
+@pytest.mark.parametrize(
+    "built", ["podman"], indirect=True
+)  # a probe asks the server, whatever the engine
 @pytest.mark.usefixtures("unmoved")
 def test_each_deep_probe_sees_what_it_is_there_for(built: Built) -> None:
     broken = derive(
         built,
         "broken",
         "RUN rm -r /opt/openagents/.opencode/tool /opt/openagents/.opencode/agent /opt/openagents/.opencode/command",
-        "RUN echo > /app/scripts/traced/sitecustomize.py",
+        "RUN echo > /app/scripts/lib/tracing/sitecustomize.py",
         "ENV XDG_DATA_HOME=/tmp",
     )
     done = built.inv("smoke", "--deep", "--image", broken, env={"INVOKE_SMOKE_READY_SECONDS": "20"})
@@ -80,26 +95,31 @@ def test_each_deep_probe_sees_what_it_is_there_for(built: Built) -> None:
     report = json.loads((built.checkout.root / "build/smoke.json").read_text())
     failed = {probe["name"]: probe["detail"] for probe in report["probes"] if not probe["passed"]}
     sentences = {
-        "conversation": "no tool of OpenAgents can be called",
+        "conversation": "OpenAgents has no tool that needs no arguments",
         "agent": "no agent of OpenAgents can be chosen",
         "command": "ValueError",
-        "traced": "batches of the server's spans, and of Python: ",
-        "resumes": "answered 404",
+        "tracing": "no spans of the server or of Python: ",
+        "restart": "returned 404",
     }
-    assert {name: words for name, words in sentences.items() if words not in failed.get(name, "")} == {}, failed
+    assert {
+        name: words for name, words in sentences.items() if words not in failed.get(name, "")
+    } == {}, failed
 
 
 @pytest.mark.usefixtures("unmoved")
 def test_opencodes_own_client_has_a_conversation(built: Built) -> None:
-    with talking(built, agent=False) as talk:
-        assert talk.container
+    with talking(built) as talk:
         done = talk.container.exec("node", "--input-type=module", "--eval", CLIENT, timeout=60)
-        assert done.ok, done.said
+        assert done.ok, done.output
         told = json.loads(done.stdout)
-        assert told["said"] == "The last tool said: from the SDK\n"
-        assert {"server.connected", "session.created", "message.part.updated", "session.idle"} <= set(told["seen"])
+        assert told["said"] == "The last tool returned: from the SDK\n"
+        assert {
+            "server.connected",
+            "session.created",
+            "message.part.updated",
+            "session.idle",
+        } <= set(told["seen"])
         assert "with the SDK" in told["found"]
-        assert conversation.seen(talk.container)["faults"] == []
 
 
 def within(container: Container) -> tuple[str, ...]:
@@ -109,44 +129,55 @@ def within(container: Container) -> tuple[str, ...]:
 
 
 @pytest.mark.usefixtures("unmoved")
-def test_datadogs_own_test_agent_gets_spans_of_the_server_and_of_pythons_it_starts(built: Built) -> None:
-    with talking(built, agent=False) as talk:
-        assert talk.container
+def test_datadogs_own_test_agent_gets_spans_of_the_server_and_of_pythons_it_starts(
+    built: Built,
+) -> None:
+    with talking(built) as talk:
         inside = within(talk.container)
-        with datadog_agent(peer.TRACES, peer.OTLP, *inside):
+        with datadog_agent(fake_upstreams.TRACES, fake_upstreams.OTLP, *inside):
             conversation.conversation(talk)
-            until(lambda: ask(peer.OTLP, "/test/session/traces", *inside))
-            traces = until(lambda: ask(peer.TRACES, "/test/traces", *inside))
-            batches = ask(peer.OTLP, "/test/session/traces", *inside)
-    names = conversation.NAMES
+            until(lambda: ask(fake_upstreams.OTLP, "/test/session/traces", *inside))
+            traces = until(lambda: ask(fake_upstreams.TRACES, "/test/traces", *inside))
+            batches = ask(fake_upstreams.OTLP, "/test/session/traces", *inside)
+    names = conversation.VARIABLES
     (queried,) = [span for trace in traces for span in trace if span["name"] == "sqlite.query"]
     tags = {"env": names["DD_ENV"], "component": "sqlite"}
     assert tags.items() <= queried["meta"].items()
     bases = {queried["service"], queried["meta"].get("_dd.base_service")}
     assert names["DD_SERVICE"] in bases
-    resources = [each["resource"]["attributes"] for batch in batches for each in batch["resourceSpans"]]
+    resources = [
+        each["resource"]["attributes"] for batch in batches for each in batch["resourceSpans"]
+    ]
     for attributes in resources:
         said = {entry["key"]: entry["value"].get("stringValue") for entry in attributes}
         assert said["service.name"] == names["DD_SERVICE"]
-        assert said["deployment.environment"] == said["deployment.environment.name"] == names["DD_ENV"]
+        assert (
+            said["deployment.environment"] == said["deployment.environment.name"] == names["DD_ENV"]
+        )
         assert said["service.version"] == names["DD_VERSION"]
-    spans = [span["name"] for batch in batches for each in batch["resourceSpans"] for scope in each["scopeSpans"]
-             for span in scope["spans"]]  # fmt: skip
-    assert any("message" in name.lower() or "session" in name.lower() for name in spans), sorted(set(spans))[:50]
+    spans = [
+        span["name"]
+        for batch in batches
+        for each in batch["resourceSpans"]
+        for scope in each["scopeSpans"]
+        for span in scope["spans"]
+    ]
+    assert any("message" in name.lower() or "session" in name.lower() for name in spans), sorted(
+        set(spans)
+    )[:50]
 
 
-OWN_VENV = (
-    "python3 -m venv --without-pip /tmp/v && /tmp/v/bin/python -c 'print(6)' && /opt/venv/bin/python -c 'print(7)'"
+OWN_VENV = "python3 -m venv --without-pip /tmp/v && /tmp/v/bin/python -c 'print(6)' && /opt/venv/bin/python -c 'print(7)'"
+
+
+@pytest.mark.parametrize(
+    "host", ["", "127.0.0.1"], ids=["no agent", "an agent that does not answer"]
 )
-
-
-@pytest.mark.parametrize("host", ["", "127.0.0.1"], ids=["no agent", "an agent that does not answer"])
 @pytest.mark.usefixtures("unmoved")
 def test_without_an_agent_pythons_say_nothing_of_datadog(built: Built, host: str) -> None:
-    with talking(built, agent=False, env={"DD_AGENT_HOST": host}) as talk:
-        talk.say(("bash", {"command": OWN_VENV, "description": "starts two Pythons"}))
-        assert talk.tools()["bash"]["output"].strip() == "6\n7"
-        assert talk.container
+    with talking(built, env={"DD_AGENT_HOST": host}) as talk:
+        talk.prompt(("bash", {"command": OWN_VENV, "description": "starts two Pythons"}))
+        assert talk.outputs()["bash"].strip() == "6\n7"
         log = talk.container.logs()
     assert "datadog" not in log.lower()
     assert "ddtrace" not in log.lower()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.container import SECRET, running
+from pipeline.engines.container import SECRET, running
 from tests.conftest import Built
 
 pytestmark = pytest.mark.engine
@@ -25,9 +25,13 @@ def test_status_and_the_health_check_get_in(built: Built, password: str) -> None
         assert stranger.get("/config").status_code == (401 if password else 200)
 
         status = container.exec("/app/scripts/status", "--json")
-        assert status.ok, status.said
+        assert status.ok, status.output
         states = {name: part["state"] for name, part in json.loads(status.stdout)["parts"].items()}
-        assert (states["server"], states["falkordb"], states["valkey"]) == ("ok", "absent", "absent")
+        assert (states["server"], states["falkordb"], states["valkey"]) == (
+            "ok",
+            "absent",
+            "absent",
+        )
 
         image = built.inspect()
         command = (image["Config"].get("Healthcheck") or image["Healthcheck"])["Test"][-1]

@@ -1,4 +1,6 @@
-"""Canaries: a secret in each place where a contributor might leave one. The build refuses it, or the scan finds it."""
+"""Canaries: a secret in each place where a contributor might leave one. The build refuses it, or
+the scan finds it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import ca, contents, layers
+from pipeline.image import contents, secret_scan
+from pipeline.inputs import ca
 from tests.conftest import Built
 from tests.image.conftest import derive
 
@@ -24,8 +27,24 @@ JWT = ".".join(("ey" + "JhbGciOiJIUzI1NiJ9", "ey" + "JzdWIiOiIxMjM0NTY3ODkwIn0",
 KEY = "-----BEGIN PRIVATE" + " KEY-----\n" + "QUJD" * 16 + "\n"
 
 REFUSED = (
-    *(".env", ".env.local", ".envrc", ".npmrc", ".git/config", ".aws/credentials", ".docker/config.json"),
-    *(".ssh/id_ed25519", "id_rsa", "tls/server.pem", "tls/server.key", "auth.json", "rclone.conf", ".bash_history"),
+    *(
+        ".env",
+        ".env.local",
+        ".envrc",
+        ".npmrc",
+        ".git/config",
+        ".aws/credentials",
+        ".docker/config.json",
+    ),
+    *(
+        ".ssh/id_ed25519",
+        "id_rsa",
+        "tls/server.pem",
+        "tls/server.key",
+        "auth.json",
+        "rclone.conf",
+        ".bash_history",
+    ),
 )
 """What .dockerignore keeps out of the context, wherever it is."""
 
@@ -51,8 +70,8 @@ def test_what_could_hold_one_never_gets_into_the_context(built: Built) -> None:
         done = built.inv("build")
     assert done.code == 0, done.stdout[-3000:] + done.stderr
     image = built.inspect()
-    assert layers.check(built.engine, image, {})[0] == []
-    files = contents.look(built.engine, image, files=True)["files"]
+    assert secret_scan.check(built.engine, image, {})[0] == []
+    files = contents.read(built.engine, image, files=True)["files"]
     there = [
         path
         for path in files
@@ -64,7 +83,9 @@ def test_what_could_hold_one_never_gets_into_the_context(built: Built) -> None:
     assert built.inv("build").code == 0
 
 
-def test_what_gets_in_is_found_in_whatever_layer_and_setting_it_is(built: Built, office_ca: Path) -> None:
+def test_what_gets_in_is_found_in_whatever_layer_and_setting_it_is(
+    built: Built, office_ca: Path
+) -> None:
     image = derive(
         built,
         "canaries",
@@ -95,7 +116,9 @@ def test_what_gets_in_is_found_in_whatever_layer_and_setting_it_is(built: Built,
         },
         build_args={"NPM_TOKEN": "hunter2hunter2"},
     )
-    faults, _ = layers.check(built.engine, built.inspect(image), ca.certificates(office_ca.read_text()))
+    faults, _ = secret_scan.check(
+        built.engine, built.inspect(image), ca.certificates(office_ca.read_text())
+    )
     expected = {
         f"/opt/openagents/.opencode/plugin/leak.ts (holds {OPENAI[:12]}…)",
         "/opt/openagents/.env",

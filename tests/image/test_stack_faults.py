@@ -1,4 +1,6 @@
-"""Each part of the stack killed while a conversation runs, a full volume, a damaged file: nothing is lost."""
+"""Each part of the stack killed while a conversation runs, a full volume, a damaged file: nothing
+is lost.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 import requests
 
-from pipeline.settings import ROOT
+from pipeline.core.settings import ROOT
 from tests.conftest import SUBNET
 from tests.fake_openai import EMBEDDER, KEY, MODEL, Call, FakeOpenAI, fake_openai, text_of
 from tests.image.conftest import derive
@@ -25,7 +27,9 @@ from tests.stack_up import Up
 pytestmark = pytest.mark.engine
 
 HOST = SUBNET.partition("/")[0]
-"""An address of this machine that containers of every network reach: of the bridge that the tests' docker has."""
+"""An address of this machine that containers of every network reach: of the bridge that the tests'
+docker has.
+"""
 
 AGENT = """\
 import http.server, threading, peer
@@ -36,7 +40,9 @@ for port in (8126, 4318):
 
 @dataclass
 class Mind:
-    """A model that adds to the memory what it is told, and thinks, when it is to, until it may go on."""
+    """A model that adds to the memory what it is told, and thinks, when it is to, until it may go
+    on.
+    """
 
     thinking: threading.Event = field(default_factory=threading.Event)
     go: threading.Event = field(default_factory=threading.Event)
@@ -55,7 +61,7 @@ class Mind:
 
 
 @dataclass
-class Talk:
+class Session:
     """A session with the stack's server, whose model is a ``Mind``."""
 
     stack: Up
@@ -63,14 +69,18 @@ class Talk:
     session: str = ""
 
     def remember(self, fact: str, meanwhile: Callable[[], None]) -> Future[Any]:
-        """Say something to remember, and do something while the model thinks; what comes is the answer's parts."""
+        """Say something to remember, and do something while the model thinks; what comes is the
+        answer's parts.
+        """
         self.session = self.session or self.stack.ask("/session", "POST", {})["id"]
         model, text = {"providerID": "fake", "modelID": MODEL}, f"Remember: {fact}"
         body = {"model": model, "parts": [{"type": "text", "text": text}]}
         self.mind.thinking.clear()
         self.mind.go.clear()
         with ThreadPoolExecutor() as pool:
-            answer = pool.submit(self.stack.ask, f"/session/{self.session}/message", "POST", body, 120)
+            answer = pool.submit(
+                self.stack.ask, f"/session/{self.session}/message", "POST", body, 120
+            )
             assert self.mind.thinking.wait(60)
             meanwhile()
             self.mind.go.set()
@@ -89,12 +99,22 @@ def write(stack: Up, name: str, **variables: str) -> None:
 
 def converse(stack: Up, fake: FakeOpenAI) -> None:
     """Start the stack, with an Agent, and have its server know the model."""
-    write(stack, "server.env", OPENAI_BASE_URL=fake.url, OPENAI_API_KEY=KEY, MEMORY_MODEL=MODEL,
-          MEMORY_EMBEDDING_MODEL=EMBEDDER)  # fmt: skip
+    write(
+        stack,
+        "server.env",
+        OPENAI_BASE_URL=fake.url,
+        OPENAI_API_KEY=KEY,
+        MEMORY_MODEL=MODEL,
+        MEMORY_EMBEDDING_MODEL=EMBEDDER,
+    )
     write(stack, "datadog.env", DD_API_KEY="k")
     stack.ok("up")
     options = {"baseURL": fake.url, "apiKey": KEY}
-    provider = {"npm": "@ai-sdk/openai-compatible", "options": options, "models": {MODEL: {"tool_call": True}}}
+    provider = {
+        "npm": "@ai-sdk/openai-compatible",
+        "options": options,
+        "models": {MODEL: {"tool_call": True}},
+    }
     config = json.dumps({"provider": {"fake": provider}, "model": f"fake/{MODEL}"})
     stack.inside("opencode", "sh", "-c", 'printf %s "$1" > /workspace/opencode.json', "-", config)
     stack.ask("/instance/dispose", "POST")  # it has read the project's configuration already
@@ -104,18 +124,30 @@ def test_whatever_is_killed_in_a_conversation_comes_back_and_nothing_is_lost(
     stack: Up, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agent = derive(
-        stack.built, "agent", "COPY peer.py agent.py /agent/",
+        stack.built,
+        "agent",
+        "COPY peer.py agent.py /agent/",
         'ENTRYPOINT ["tini", "--", "/opt/venv/bin/python", "/agent/agent.py"]',
-        files={"peer.py": (ROOT / "pipeline/peer.py").read_text(), "agent.py": AGENT},
-    )  # fmt: skip
+        files={
+            "peer.py": (ROOT / "pipeline/smoke/fake_upstreams.py").read_text(),
+            "agent.py": AGENT,
+        },
+    )
     monkeypatch.setenv("INVOKE_STACK_AGENT", agent)
     mind = Mind()
     with fake_openai(mind, host=HOST) as fake:
         converse(stack, fake)
-        assert json.loads(stack.inv("status", "--json").stdout)["answers"]["datadog"]["state"] == "ok"
-        talk = Talk(stack, mind)
+        assert (
+            json.loads(stack.inv("status", "--json").stdout)["answers"]["datadog"]["state"] == "ok"
+        )
+        talk = Session(stack, mind)
         facts = []
-        for part, name in (("falkordb", "Alice"), ("valkey", "Bob"), ("backup", "Carol"), ("datadog", "Dora")):
+        for part, name in (
+            ("falkordb", "Alice"),
+            ("valkey", "Bob"),
+            ("backup", "Carol"),
+            ("datadog", "Dora"),
+        ):
             facts.append(f"{name} works at Acme")
             answer = talk.remember(facts[-1], lambda part=part: stack.crash(part)).result()  # type: ignore[misc]
             (said,) = [each["text"] for each in answer["parts"] if each["type"] == "text"]
@@ -127,17 +159,27 @@ def test_whatever_is_killed_in_a_conversation_comes_back_and_nothing_is_lost(
         assert isinstance(cut.exception(), requests.ConnectionError)
         until(lambda: stack.restarted("opencode"), "the server is started again")
         stack.ok("up")  # and answers
-        assert facts[-1] in json.dumps(talk.messages()), "the question is there, only its answer is not"
+        assert facts[-1] in json.dumps(talk.messages()), (
+            "the question is there, only its answer is not"
+        )
         talk.remember(facts[-1], lambda: None).result()
 
         def memory(*words: str) -> dict[str, Any]:
-            return dict(json.loads(stack.inside("opencode", "/app/scripts/memory", *words, "--json")))
+            return dict(
+                json.loads(stack.inside("opencode", "/app/scripts/memory", *words, "--json"))
+            )
 
         until(lambda: memory("status")["graph"]["facts"] >= len(facts), "all is digested")
-        assert sorted(each["text"] for each in memory("episodes", "--limit", "50")["memories"]) == facts
-        stack.inv("status").failed("StackUnwell", 74, "valkey has ended 1 times", "opencode has ended 1 times")
-        seen = json.loads(stack.inside("datadog", "curl", "-fsS", "http://127.0.0.1:8126/seen"))
-        assert "opencode" in json.dumps(seen["resources"])
+        assert (
+            sorted(each["text"] for each in memory("episodes", "--limit", "50")["episodes"])
+            == facts
+        )
+        stack.inv("status").failed(
+            "StackUnwell", 74, "valkey has restarted 1 times", "opencode has restarted 1 times"
+        )
+        url = "http://127.0.0.1:8126/received?0"
+        spans = json.loads(stack.inside("datadog", "curl", "-fsS", url))
+        assert "opencode" in spans["server"]
         assert fake.wrong == []
 
 
@@ -162,10 +204,24 @@ def fill(place: Path) -> Path:
     return filler
 
 
-@pytest.mark.parametrize("stack", ["podman"], indirect=True)  # the sentences are the databases', whatever the engine
-def test_a_full_volume_and_a_damaged_file_are_said_and_mended_without_a_loss(stack: Up, small: Path) -> None:
+@pytest.mark.parametrize(
+    "stack", ["podman"], indirect=True
+)  # the sentences are the databases', whatever the engine
+def test_a_full_volume_and_a_damaged_file_are_said_and_mended_without_a_loss(
+    stack: Up, small: Path
+) -> None:
     volume, filler = stack.volume("valkey"), fill(small)
-    stack.engine("volume", "create", "--opt", "type=none", "--opt", "o=bind", "--opt", f"device={small}", volume)
+    stack.engine(
+        "volume",
+        "create",
+        "--opt",
+        "type=none",
+        "--opt",
+        "o=bind",
+        "--opt",
+        f"device={small}",
+        volume,
+    )
     stack.inv("up").failed("PartDown", 73, "valkey", "its volume is full")
     filler.unlink()
     stack.ok("up")
@@ -174,20 +230,34 @@ def test_a_full_volume_and_a_damaged_file_are_said_and_mended_without_a_loss(sta
     filler = fill(small)
     until(lambda: "MISCONF" in stack.valkey("SET", "second", "2"), "a write is refused")
     assert stack.valkey("GET", "first") == "1"
-    stack.inv("status").failed("StackUnwell", 74, "valkey's /var/lib/opencode lies on a disk that is 100 % full")
+    stack.inv("status").failed(
+        "StackUnwell", 74, "the disk of valkey's /var/lib/opencode is 100% full"
+    )
     assert stack.ask("/session", "POST", {"title": "as ever"})["title"] == "as ever"
     filler.unlink()
     until(lambda: stack.valkey("SET", "second", "2") == "OK", "there is room again")
     assert stack.valkey("GET", "first") == "1"
 
     files, image = "/var/lib/opencode/appendonlydir", stack.inspect("valkey")["Image"]
-    stack.inside("valkey", "sh", "-c", f"echo rubbish that is no command >> $(ls {files}/*.incr.aof)")
+    stack.inside(
+        "valkey", "sh", "-c", f"echo rubbish that is no command >> $(ls {files}/*.incr.aof)"
+    )
     stack.crash("valkey")
-    stack.inv("up").failed("PartDown", 73, "valkey", "what it has on disk is damaged")
+    stack.inv("up").failed("PartDown", 73, "valkey", "its file on disk is damaged")
     stack.inv("status").failed("StackUnwell", 74, "valkey")
     stack.ok("down")
     mend = "echo y | valkey-check-aof --fix /v/appendonlydir/appendonly.aof.manifest"
-    repair = ["run", "--rm", *stack.built.engine.limits, "--volume", f"{volume}:/v", image, "sh", "-c", mend]
+    repair = [
+        "run",
+        "--rm",
+        *stack.built.engine.limits,
+        "--volume",
+        f"{volume}:/v",
+        image,
+        "sh",
+        "-c",
+        mend,
+    ]
     assert "Successfully truncated" in stack.engine(*repair)
     stack.ok("up")
     assert stack.valkey("GET", "second") == "2"

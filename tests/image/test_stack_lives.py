@@ -1,4 +1,6 @@
-"""The stack as podman and docker run it: real FalkorDB, a real Redis in Valkey's place, the server, and cron."""
+"""The stack as podman and docker run it: real FalkorDB, a real Redis in Valkey's place, the server,
+and the backup.
+"""
 
 from __future__ import annotations
 
@@ -19,34 +21,47 @@ pytestmark = pytest.mark.engine
 
 def test_the_stack_lives_is_closed_and_loses_nothing(stack: Up) -> None:
     stack.inv("status").failed("NoStack", 71, "inv up")
-    assert "nothing was up" in stack.ok("down")
+    assert "nothing is running" in stack.ok("down")
     with socket.create_server(("127.0.0.1", stack.port)):
         stack.inv("up").failed("PortTaken", 44, str(stack.port))
-    assert "would start opencode" in stack.ok("up", "--dry-run")
+    assert "would start falkordb, valkey, opencode, backup" in stack.ok("up", "--dry-run")
     said = stack.ok("up")
     assert f"http://127.0.0.1:{stack.port}" in said
-    assert "were up already" in stack.ok("up")
+    assert "are already running" in stack.ok("up")
     assert requests.get(f"http://127.0.0.1:{stack.port}/config", timeout=20).status_code == 401
     session = stack.ask("/session", "POST", {"title": "kept"})["id"]
 
     _is_closed(stack)
-    until(lambda: json.loads(stack.inv("status", "--json").stdout)["backup"]["code"] == 0, "the first backup")
-    assert "all is well" in stack.ok("status")
+    until(
+        lambda: json.loads(stack.inv("status", "--json").stdout)["backup"]["code"] == 0,
+        "the first backup",
+    )
+    assert "the stack is healthy" in stack.ok("status")
     said = stack.ok("logs")
-    assert all(words in said for words in ("--- valkey", "Ready to accept connections", "server listening on"))
+    assert all(
+        words in said
+        for words in ("--- valkey", "Ready to accept connections", "server listening on")
+    )
     following = stack.start("logs", "--part", "opencode", "--follow")
     following.until("server listening on")
     following.end(signal.SIGTERM)
     checkout = stack.built.checkout
     shell = subprocess.run(
-        checkout.argv("shell", "--engine", stack.built.engine.name), input="id -u; pwd",
-        env=checkout.environ(stack.env), cwd=checkout.root, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        checkout.argv("shell", "--engine", stack.built.engine.name),
+        input="id -u; pwd",
+        env=checkout.environ(stack.env),
+        cwd=checkout.root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert shell.stdout.split() == ["1000", "/workspace"]
 
     assert stack.valkey("SET", "key", "value") == "OK"
     stack.engine("kill", "--signal", "KILL", stack.container("valkey"))
-    until(lambda: stack.inv("up").code == 0, "up brings it back")  # docker takes a kill for somebody's will
+    until(
+        lambda: stack.inv("up").code == 0, "up brings it back"
+    )  # docker takes a kill for somebody's will
     assert stack.valkey("GET", "key") == "value"
 
     _restores(stack, session)
@@ -71,23 +86,29 @@ def _is_closed(stack: Up) -> None:
         stack.inside("falkordb", "sh", "-c", "cat /proc/[0-9]*/cmdline")
         + subprocess.run(["ps", "-eo", "args"], check=True, capture_output=True, text=True).stdout
     )
-    values = [value for name in ("server.env", "backup.env") for key, value in stack.secrets(name).items()
-              if key in PASSWORDS]  # fmt: skip
+    values = [
+        value
+        for name in ("server.env", "backup.env")
+        for key, value in stack.secrets(name).items()
+        if key in PASSWORDS
+    ]
     assert len(values) == 4
     assert not any(value in seen_in_ps for value in values)
 
 
 def _restores(stack: Up, session: str) -> None:
-    as_the_role = ["exec", "--user", "1000:1000", stack.container("backup")]
-    stack.engine(*as_the_role, "/app/scripts/backup", "run", "--create")
+    stack.inside("backup", "/app/scripts/backup", "run", "--create")
     assert stack.ask(f"/session/{session}", "DELETE") is True
     assert stack.valkey("SET", "key", "another") == "OK"
     assert "would stop the server" in stack.ok("restore", "--dry-run", "--replace")
     stack.inv("restore").failed("RestoreStopped", 80)
     assert stack.valkey("GET", "key") == "another"
     interrupted = stack.start("restore", "--replace")
-    interrupted.until("the server is stopped")
-    until(lambda: "backup\0restore" in stack.inside("backup", "sh", "-c", "cat /proc/[0-9]*/cmdline"), "it restores")
+    interrupted.until("stopped the server")
+    until(
+        lambda: "backup\0restore" in stack.inside("backup", "sh", "-c", "cat /proc/[0-9]*/cmdline"),
+        "it restores",
+    )
     interrupted.end(signal.SIGINT)
     assert "backup\0restore" not in stack.inside("backup", "sh", "-c", "cat /proc/[0-9]*/cmdline")
     assert stack.ask("/session", "POST", {"title": "up again"})["title"] == "up again"
@@ -99,7 +120,10 @@ def _restores(stack: Up, session: str) -> None:
 def killed(stack: Up, to: str, before: str) -> None:
     """Kill an upgrade in the moment in which the server's container is there with the new image."""
     upgrade = stack.start("upgrade", "--to", to)
-    until(lambda: _image(stack) not in ("", before) or upgrade.child.poll() is not None, "the new server is there")
+    until(
+        lambda: _image(stack) not in ("", before) or upgrade.child.poll() is not None,
+        "the new server is there",
+    )
     upgrade.end(signal.SIGKILL)
     assert (stack.home / "upgrade.json").exists()
 
@@ -117,7 +141,7 @@ def test_an_upgrade_moves_on_or_goes_back_with_image_and_data(stack: Up) -> None
 
     stack.ok("up")
     session, before = stack.ask("/session", "POST", {"title": "kept"})["id"], image()
-    assert "already" in stack.ok("upgrade")
+    assert "already runs" in stack.ok("upgrade")
     ruin = "rm -f /root/.local/share/opencode/opencode.db*; sleep 2; exit 1"
     derive(stack.built, "bad", f'ENTRYPOINT ["sh", "-c", "{ruin}"]')
     good = derive(stack.built, "good", "LABEL good=yes")
@@ -125,14 +149,14 @@ def test_an_upgrade_moves_on_or_goes_back_with_image_and_data(stack: Up) -> None
     engine.tag(engine.local("opencode-server-test-bad"), "opencode-server-test:bad")
     engine.tag(good, "opencode-server-test:good")
     try:
-        stack.inv("upgrade", "--to", "bad").failed("UpgradeRolledBack", 76, "did not come up")
+        stack.inv("upgrade", "--to", "bad").failed("UpgradeRolledBack", 76, "is not healthy")
         assert (stack.ask(f"/session/{session}")["title"], image()) == ("kept", before)
 
         killed(stack, "bad", before)
         stack.inv("status").failed("StackUnwell", 74, "was interrupted")
         said = stack.ok("upgrade", "--to", "good")
         assert "undoing it" in said
-        assert "upgraded from" in said
+        assert "upgraded to" in said
         assert stack.ask(f"/session/{session}")["title"] == "kept"
 
         after = image()
@@ -140,7 +164,7 @@ def test_an_upgrade_moves_on_or_goes_back_with_image_and_data(stack: Up) -> None
         stack.ok("up")
         later = stack.ask("/session", "POST", {"title": "later"})["id"]
         said = stack.ok("upgrade", "--to", before.removeprefix("sha256:"))
-        assert "its data stays as it is" in said
+        assert "keeping its image and its data" in said
         assert (stack.ask(f"/session/{later}")["title"], image()) == ("later", before)
         assert "was interrupted" not in stack.ok("status")
     finally:

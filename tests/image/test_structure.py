@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import process
-from pipeline.settings import ROOT
+from pipeline.core import process
+from pipeline.core.settings import ROOT
 from tests.conftest import Built
 from tests.image.conftest import derive
 
@@ -29,7 +29,9 @@ STRUCTURE = ROOT / "tests/image/structure.yaml"
 
 @contextlib.contextmanager
 def podman_service(built: Built, home: Path) -> Iterator[dict[str, str]]:
-    """podman's own daemon, on a socket that docker's clients can ask; it takes no flags for what it starts."""
+    """podman's own daemon, on a socket that docker's clients can ask; it takes no flags for what it
+    starts.
+    """
     engine = built.engine
     limits = [limit for limit in engine.limits if limit != "--ulimit"]
     runtime = f'[engine]\nruntime = "{engine.flags[1]}"\n' if engine.flags else ""
@@ -63,11 +65,15 @@ def structure(built: Built, tmp_path: Path) -> Iterator[dict[str, str]]:
 
 def check(image: str, config: Path, env: dict[str, str]) -> process.Completed:
     program = Path(sys.executable).with_name("container-structure-test")
-    return process.run([str(program), "test", "--image", image, "--config", str(config)], env=env, timeout=120)
+    return process.run(
+        [str(program), "test", "--image", image, "--config", str(config)], env=env, timeout=120
+    )
 
 
 @pytest.mark.usefixtures("unmoved")
-def test_the_image_has_the_structure_that_is_written_down(built: Built, structure: dict[str, str]) -> None:
+def test_the_image_has_the_structure_that_is_written_down(
+    built: Built, structure: dict[str, str]
+) -> None:
     done = check(built.reference, STRUCTURE, structure)
     assert done.ok, done.stdout + done.stderr
     count = 1 + len(re.findall(r"(?m)^  - (?:\{ )?name:", STRUCTURE.read_text()))

@@ -1,4 +1,6 @@
-"""For tests of the memory: an interpreter like the image's, databases, a fake model, and commands that use them."""
+"""For tests of the memory: an interpreter like the image's, databases, a fake model, and commands
+that use them.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,20 @@ def fake() -> Iterator[FakeOpenAI]:
 
 
 @pytest.fixture
-def rig(python: str, databases: tuple[Kept, Kept], fake: FakeOpenAI, tmp_path: Path) -> Iterator[Rig]:
+def rig(
+    python: str, databases: tuple[Kept, Kept], fake: FakeOpenAI, tmp_path: Path
+) -> Iterator[Rig]:
     graph, queue = databases
-    made = Rig.of(python, tmp_path, fake, graph=graph.port, queue=queue.port, project=f"p{uuid.uuid4().hex[:8]}")
+    made = Rig.of(
+        python,
+        tmp_path,
+        fake,
+        graph=graph.port,
+        queue=queue.port,
+        project=f"p{uuid.uuid4().hex[:8]}",
+    )
     yield made
     made.end()
-    made.redis("VALKEY", "FLUSHALL")  # a worker of the next test would digest what this one has left
+    made.redis(
+        "VALKEY", "FLUSHALL"
+    )  # a worker of the next test would digest what this one has left

@@ -1,4 +1,6 @@
-"""A real git server over HTTP on loopback (``git http-backend``), with faults that a test can ask for."""
+"""A real git server over HTTP on loopback (``git http-backend``), with faults that a test can ask
+for.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _due(self, server: Server) -> Fault | None:
         fault = server.fault
         # A fault "after" some bytes is for the transfer of a pack, not for the greeting before it.
-        if fault is None or fault.times == 0 or (fault.after and "git-upload-pack" not in self.path.split("?")[0]):
+        if (
+            fault is None
+            or fault.times == 0
+            or (fault.after and "git-upload-pack" not in self.path.split("?")[0])
+        ):
             return None
         fault.times -= 1
         return fault
@@ -125,7 +131,9 @@ class _HTTPServer(http.server.ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def serve(root: Path, certificate: Path | None = None) -> Iterator[Server]:
-    """Serve the repositories in ``root``, as ``{url}/NAME``; over TLS with a PEM file of key and certificate."""
+    """Serve the repositories in ``root``, as ``{url}/NAME``; over TLS with a PEM file of key and
+    certificate.
+    """
     state = Server(root)
     with _HTTPServer(state) as httpd:
         state.url = f"http://127.0.0.1:{httpd.server_port}"

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 import pytest
 
-from pipeline import advisories
-from pipeline.settings import Advisories, Settings
+from pipeline.core.settings import Advisories, Settings
+from pipeline.image import advisories
 from tests.servers import free_port
 
 pytestmark = pytest.mark.server
@@ -39,7 +39,9 @@ ASKED = [
 
 
 def told(name: str, ecosystem: str, package: str, *fixes: str, **more: Any) -> dict[str, Any]:
-    events = [event for fix in fixes for event in ({"introduced": "0"}, {"fixed": fix})] or [{"introduced": "0"}]
+    events = [event for fix in fixes for event in ({"introduced": "0"}, {"fixed": fix})] or [
+        {"introduced": "0"}
+    ]
     affected = {
         "package": {"ecosystem": ecosystem, "name": package},
         "ranges": [{"type": "ECOSYSTEM", "events": events}],
@@ -52,13 +54,20 @@ def told(name: str, ecosystem: str, package: str, *fixes: str, **more: Any) -> d
         "package": {"ecosystem": "Debian:13", "name": package},
         "ranges": [{"type": "ECOSYSTEM", "events": [{"fixed": "99"}]}],
     }
-    return {"id": name, "summary": f"{package} is wrong", "affected": [git, other, affected], **more}
+    return {
+        "id": name,
+        "summary": f"{package} is wrong",
+        "affected": [git, other, affected],
+        **more,
+    }
 
 
 KNOWN = {
     "DEBIAN-1": told("DEBIAN-1", "Debian:12", "curl", "7.88.1-10+deb12u12"),
     "DEBIAN-2": told("DEBIAN-2", "Debian:12", "curl", summary="", details="nothing yet\nmore"),
-    "GHSA-1": told("GHSA-1", "PyPI", "urllib3", "2.0.7", "1.26.18", database_specific={"severity": "MODERATE"}),
+    "GHSA-1": told(
+        "GHSA-1", "PyPI", "urllib3", "2.0.7", "1.26.18", database_specific={"severity": "MODERATE"}
+    ),
     "GHSA-2": told("GHSA-2", "PyPI", "urllib3", "1.26.5", database_specific={"severity": "HIGH"}),
     "GHSA-3": told("GHSA-3", "npm", "ansi-regex", "5.0.1", "4.1.1"),
     "GHSA-4": told("GHSA-4", "npm", "zod", "5", withdrawn="2026-01-01T00:00:00Z"),
@@ -78,7 +87,9 @@ class Osv(ThreadingHTTPServer):
 
     @property
     def settings(self) -> Settings:
-        return Settings(advisories=Advisories(url=f"http://127.0.0.1:{self.server_port}/", seconds=30))
+        return Settings(
+            advisories=Advisories(url=f"http://127.0.0.1:{self.server_port}/", seconds=30)
+        )
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -107,9 +118,17 @@ class Handler(BaseHTTPRequestHandler):
 def hits(package: dict[str, str], version: str, page_token: str = "") -> dict[str, Any]:
     name = package["name"]
     if name == "urllib3":
-        return {"vulns": [{"id": "GHSA-2"}]} if page_token else {"vulns": [{"id": "GHSA-1"}], "next_page_token": "p2"}
+        return (
+            {"vulns": [{"id": "GHSA-2"}]}
+            if page_token
+            else {"vulns": [{"id": "GHSA-1"}], "next_page_token": "p2"}
+        )
     found = ["GHSA-3"] if (name, version) == ("ansi-regex", "5.0.0") else HITS.get(name, [])
-    return {"vulns": [{"id": each, "modified": "2026-01-01T00:00:00Z"} for each in found]} if found else {}
+    return (
+        {"vulns": [{"id": each, "modified": "2026-01-01T00:00:00Z"} for each in found]}
+        if found
+        else {}
+    )
 
 
 @pytest.fixture
@@ -128,14 +147,24 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_is_known_and_what_a_bump_would_fix(osv: Osv, build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_known_and_what_a_bump_would_fix(
+    osv: Osv, build: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = advisories.report(osv.settings, INSIDE)
     assert rows
     assert json.loads((build / "advisories.json").read_text()) == rows
     first, second = osv.batches
-    asked = [(each["package"]["ecosystem"], each["package"]["name"], each["version"]) for each in first]
+    asked = [
+        (each["package"]["ecosystem"], each["package"]["name"], each["version"]) for each in first
+    ]
     assert asked == ASKED
-    assert second == [{"package": {"ecosystem": "PyPI", "name": "urllib3"}, "version": "1.26.4", "page_token": "p2"}]
+    assert second == [
+        {
+            "package": {"ecosystem": "PyPI", "name": "urllib3"},
+            "version": "1.26.4",
+            "page_token": "p2",
+        }
+    ]
     assert {(row["id"], row["version"]): row["fixed"] for row in rows} == {
         ("DEBIAN-1", "7.88.1-10+deb12u1"): "7.88.1-10+deb12u12",
         ("DEBIAN-2", "7.88.1-10+deb12u1"): "",
@@ -146,14 +175,16 @@ def test_what_is_known_and_what_a_bump_would_fix(osv: Osv, build: Path, capsys: 
     }
     assert [row["summary"] for row in rows if row["id"] == "DEBIAN-2"] == ["nothing yet"]
     out = capsys.readouterr().out
-    assert "6 advisories on 6 packages; a bump would fix 5" in out
+    assert "6 advisories on 6 packages; newer versions fix 5" in out
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert "PyPI urllib3 1.26.4 1.26.18 GHSA-1 moderate, GHSA-2 high" in lines
+    assert "PyPI urllib3 1.26.4 1.26.18 GHSA-1 moderate" in lines
+    assert "PyPI urllib3 1.26.4 1.26.5 GHSA-2 high" in lines
 
 
 def test_more_packages_than_one_request_takes(osv: Osv, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(advisories, "BATCH", 4)
-    found = advisories.known(osv.settings.advisories.url.rstrip("/"), advisories.asked(INSIDE), 30)
+    url = osv.settings.advisories.url.rstrip("/")
+    found = advisories.find(url, advisories.packages_of(INSIDE), 30)
     assert [len(batch) for batch in osv.batches] == [4, 3]
     assert len(found) == 6
 
@@ -169,7 +200,7 @@ def test_where_nobody_answers_that_is_said_and_nothing_fails(
     osv.reply = {"no JSON": b"<html>", "other JSON": b"[1]"}.get(fault, b"")
     (build / "advisories.json").write_text("[]")
     assert advisories.report(settings, INSIDE) is None
-    assert f"{settings.advisories.url} gave no answer" in capsys.readouterr().out
+    assert f"no answer from {settings.advisories.url}" in capsys.readouterr().out
     assert not (build / "advisories.json").exists()
 
 
@@ -180,7 +211,13 @@ def test_nobody_is_asked_where_the_setting_is_empty(capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize(
     ("lower", "higher"),
-    [("1.9", "1.10"), ("1.26.18", "2.0"), ("1.0~rc1", "1.0.1"), ("9", "1:0.1"), ("2.36-9+deb12u9", "2.36-9+deb12u10")],
+    [
+        ("1.9", "1.10"),
+        ("1.26.18", "2.0"),
+        ("1.0~rc1", "1.0.1"),
+        ("9", "1:0.1"),
+        ("2.36-9+deb12u9", "2.36-9+deb12u10"),
+    ],
 )
 def test_versions_are_ordered(lower: str, higher: str) -> None:
-    assert advisories._order(lower) < advisories._order(higher)
+    assert advisories.order(lower) < advisories.order(higher)

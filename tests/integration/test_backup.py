@@ -1,4 +1,6 @@
-"""scripts/backup against real FalkorDB, Redis, SQLite and rclone, and a fake B2 that Backblaze's client reads too."""
+"""scripts/backup against real FalkorDB, Redis, SQLite and rclone, and a fake B2 that Backblaze's
+client reads too.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,18 @@ from pathlib import Path
 import pytest
 from b2sdk.v2 import B2Api, InMemoryAccountInfo
 
-from bench import backup as drills
-from tests.backups import DATADOG, ENCRYPTION, NO_DELAY, NODES, SERVER_PASSWORD, World, client, repeatedly, world
+from bench.backup import drill
+from tests.backups import (
+    DATADOG,
+    ENCRYPTION,
+    NO_DELAY,
+    NODES,
+    SERVER_PASSWORD,
+    World,
+    client,
+    repeatedly,
+    world,
+)
 from tests.fake_b2 import ACCOUNT, KEY
 from tests.servers import collector, free_port, redis_server, until
 
@@ -107,7 +119,9 @@ def test_no_process_ever_shows_a_secret_and_no_file_holds_one(here: World) -> No
             for path in here.work.rglob("*"):
                 if path.is_file() and path.stat().st_size < 1 << 20:
                     held = path.read_bytes()
-                    assert not any(secret.encode() in held for secret in (SERVER_PASSWORD, ENCRYPTION, KEY)), path
+                    assert not any(
+                        secret.encode() in held for secret in (SERVER_PASSWORD, ENCRYPTION, KEY)
+                    ), path
 
     with repeatedly(look):
         here.run(BACKUP_PASSWORD=ENCRYPTION)
@@ -119,7 +133,9 @@ def test_no_process_ever_shows_a_secret_and_no_file_holds_one(here: World) -> No
 
 def test_the_database_is_copied_whole_while_it_is_written_to(here: World) -> None:
     with contextlib.closing(sqlite3.connect(here.database, check_same_thread=False)) as writer:
-        writer.execute("PRAGMA wal_autocheckpoint = 0")  # what is written stays beside the file, as it may
+        writer.execute(
+            "PRAGMA wal_autocheckpoint = 0"
+        )  # what is written stays beside the file, as it may
 
         def write() -> None:
             with writer:  # always two at once: a copy with an odd number is torn
@@ -139,21 +155,30 @@ def test_the_database_is_copied_whole_while_it_is_written_to(here: World) -> Non
 
 def test_servers_are_copied_while_they_are_written_to(here: World) -> None:
     def link() -> None:
-        here.graph("CREATE (:Node)-[:Knows]->(:Node)")  # one transaction: never one without the other
+        here.graph(
+            "CREATE (:Node)-[:Knows]->(:Node)"
+        )  # one transaction: never one without the other
 
     def push() -> None:
         with client(here.valkey) as server:
             server.rpush("log", "x")
 
-    with repeatedly(link), repeatedly(push):  # a thread for each: one that waits must not hold up the other
+    with (
+        repeatedly(link),
+        repeatedly(push),
+    ):  # a thread for each: one that waits must not hold up the other
         backup = here.run("--only", "falkordb,valkey")
-    facts = next(each for each in here.backup("list", "--json").ok().json if each["id"] == backup)["parts"]
+    facts = next(each for each in here.backup("list", "--json").ok().json if each["id"] == backup)[
+        "parts"
+    ]
     assert facts["valkey"]["facts"]["exact"] is False
     with redis_server(*NO_DELAY, graph=True, password=SERVER_PASSWORD) as falkordb:
         to = ["--to", f"falkordb=127.0.0.1:{falkordb}"]
         here.backup("restore", "--only", "falkordb", *to).ok()
-        nodes, edges = (here.graph(query, port=falkordb)[0][0] for query in
-                        ("MATCH (n) RETURN count(n)", "MATCH ()-[e]->() RETURN count(e)"))  # fmt: skip
+        nodes, edges = (
+            here.graph(query, port=falkordb)[0][0]
+            for query in ("MATCH (n) RETURN count(n)", "MATCH ()-[e]->() RETURN count(e)")
+        )
     assert nodes == 2 * edges
 
 
@@ -169,7 +194,8 @@ def test_a_target_that_holds_something_needs_replace_and_is_saved_first(here: Wo
     assert here.nodes() == NODES + 1
     safety = here.backup("restore", "--replace", "--json").ok().json["safety"]
     here.whole()
-    # What was replaced is a backup of its own; the newest one is still the one that was made on purpose.
+    # What was replaced is a backup of its own; the newest one is still the one that was made on
+    # purpose.
     assert here.backup("restore", "--replace", "--dry-run", "--json").ok().json["id"] == backup
     here.backup("restore", safety, "--replace", "--only", "falkordb,valkey").ok()
     assert here.nodes() == NODES + 1
@@ -181,7 +207,11 @@ def test_any_remote_of_rclones_will_do(here: World, tmp_path: Path) -> None:
     env = {"BACKUP_REMOTE": str(tmp_path / "disk")}
     here.backup("run", "--only", "files", **env).failed("RemoteGone", "--create")
     here.run("--only", "files", "--create", **env)
-    env = {"BACKUP_REMOTE": "mine:a/b", "RCLONE_CONFIG_MINE_TYPE": "alias", "RCLONE_CONFIG_MINE_REMOTE": str(tmp_path)}
+    env = {
+        "BACKUP_REMOTE": "mine:a/b",
+        "RCLONE_CONFIG_MINE_TYPE": "alias",
+        "RCLONE_CONFIG_MINE_REMOTE": str(tmp_path),
+    }
     here.run("--only", "files", "--create", **env)
     assert len(here.backup("list", "--json", **env).ok().json) == 1
 
@@ -200,26 +230,35 @@ def test_status_says_late_and_failing_by_its_exit_code(here: World) -> None:
 
 
 def test_the_drill_loses_everything_and_has_it_back(capsys: pytest.CaptureFixture[str]) -> None:
-    took = drills.drill(100)
-    assert set(took) == {"backup", "loss", "restore", "look"}
+    took = drill(100)
+    assert set(took) == {"backup", "loss", "restore", "compare"}
     assert "200 nodes, 100 keys, 100 rows: all of it" in capsys.readouterr().out
 
 
 def test_datadog_is_told_of_success_size_and_age(here: World) -> None:
     with collector() as (port, sent):
-        env = {"DD_API_KEY": DATADOG, "BACKUP_DATADOG_URL": f"http://127.0.0.1:{port}", "DD_HOSTNAME": "backup-host"}
+        env = {
+            "DD_API_KEY": DATADOG,
+            "DD_URL": f"http://127.0.0.1:{port}",
+            "DD_HOSTNAME": "backup-host",
+        }
         here.run(**env)  # all parts, so that there is an age
         here.backup("run", RCLONE_CONFIG_B2_KEY="wrong", **env).failed("RemoteRefused")
         here.backup("status", **env).failed("LastRunFailed")
     assert {path for path, _, _ in sent} == {"/api/v2/series"}
     told = [json.loads(body)["series"] for _, _, body in sent]
-    values = [{each["metric"].removeprefix("opencode.backup."): each["points"][0]["value"] for each in series}
-              for series in told]  # fmt: skip
+    values = [
+        {
+            each["metric"].removeprefix("opencode.backup."): each["points"][0]["value"]
+            for each in series
+        }
+        for series in told
+    ]
     assert [each["success"] for each in values] == [1, 0, 0]
     assert values[0]["bytes"] > 1000
     assert 0 <= values[2]["age_seconds"] < 600
     for (_, headers, _), series in zip(sent, told, strict=True):
-        assert headers["Dd-Api-Key"] == DATADOG
+        assert {name.lower(): value for name, value in headers.items()}["dd-api-key"] == DATADOG
         for each in series:
             assert each["resources"] == [{"type": "host", "name": "backup-host"}]
             assert each["type"] == 3
@@ -227,14 +266,22 @@ def test_datadog_is_told_of_success_size_and_age(here: World) -> None:
 
 def test_a_datadog_that_refuses_or_is_away_costs_nothing_but_a_line(here: World) -> None:
     with collector(403) as (port, _):
-        env = {"DD_API_KEY": DATADOG, "BACKUP_DATADOG_URL": f"http://127.0.0.1:{port}"}
-        assert "datadog: the metrics were not taken" in here.backup("run", "--only", "files", **env).ok().stderr
-    assert "datadog: the metrics were not taken" in here.backup("run", "--only", "files", **env).ok().stderr
+        env = {"DD_API_KEY": DATADOG, "DD_URL": f"http://127.0.0.1:{port}"}
+        assert (
+            "datadog: the metrics were not taken"
+            in here.backup("run", "--only", "files", **env).ok().stderr
+        )
+    assert (
+        "datadog: the metrics were not taken"
+        in here.backup("run", "--only", "files", **env).ok().stderr
+    )
 
 
 def test_prune_keeps_what_it_should_and_reads_back_the_newest_first(here: World) -> None:
     ids = [here.run("--only", "files") for _ in range(3)]
-    keep = {f"BACKUP_KEEP_{name}": "0" for name in ("DAILY", "WEEKLY", "MONTHLY")} | {"BACKUP_KEEP_LAST": "2"}
+    keep = {f"BACKUP_KEEP_{name}": "0" for name in ("DAILY", "WEEKLY", "MONTHLY")} | {
+        "BACKUP_KEEP_LAST": "2"
+    }
     assert here.backup("prune", "--dry-run", "--json", **keep).ok().json == [ids[0]]
     assert len(here.ids()) == 3
     assert here.backup("prune", "--json", **keep).ok().json == [ids[0]]
@@ -245,6 +292,12 @@ def test_prune_keeps_what_it_should_and_reads_back_the_newest_first(here: World)
     here.backup("prune", **keep).failed("BackupDamaged", ids[2], "Nothing was removed")
     assert len(here.ids()) == 2
     here.b2.tamper("bucket", newest, lambda data: data[:-1] + bytes([data[-1] ^ 1]))
-    assert here.backup("prune", "--json", **keep).ok().json == [ids[1]]  # the last good one stays, whatever is set
+    assert here.backup("prune", "--json", **keep).ok().json == [
+        ids[1]
+    ]  # the last good one stays, whatever is set
     assert here.ids() == [ids[2]]
-    assert not [name for name in here.b2.buckets["bucket"] if ids[1] in name and here.b2.buckets["bucket"][name]]
+    assert not [
+        name
+        for name in here.b2.buckets["bucket"]
+        if ids[1] in name and here.b2.buckets["bucket"][name]
+    ]

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backup_lib import manifest
-from backup_lib.crc64 import crc64
-from backup_lib.master import Master
+from lib.backup import manifest
+from lib.backup.crc64 import crc64
+from lib.backup.replication import Master
 
 from tests.backups import NO_DELAY, NODES, SERVER_PASSWORD, World, client, world
 from tests.servers import redis_server, until
@@ -27,7 +27,8 @@ from tests.servers import redis_server, until
 pytestmark = pytest.mark.server
 ONCE = {"RCLONE_RETRIES": "1", "RCLONE_LOW_LEVEL_RETRIES": "2"}
 NOWHERE = {"BACKUP_ADVERTISE": "192.0.2.1:7000"}
-"""A target that is told to fetch from there waits until it is told otherwise: no such host exists."""
+"""A target that is told to fetch from there waits until it is told otherwise: no such host exists.
+"""
 
 
 @pytest.fixture
@@ -36,7 +37,9 @@ def here(tmp_path: Path) -> Iterator[World]:
         yield made
 
 
-def forge(here: World, backup: str, part: str, raw: Callable[[bytes], bytes] = bytes, **facts: Any) -> None:
+def forge(
+    here: World, backup: str, part: str, raw: Callable[[bytes], bytes] = bytes, **facts: Any
+) -> None:
     """Have a backup hold something else, as if that had been copied: every hash is right."""
     folder = f"backups/{backup}/"
     body = json.loads(here.b2.objects("bucket")[folder + "manifest.json"])
@@ -46,7 +49,10 @@ def forge(here: World, backup: str, part: str, raw: Callable[[bytes], bytes] = b
     here.b2.tamper("bucket", folder + said["object"], lambda _: packed)
     told = manifest.parse(body)
     sums = [(len(each), hashlib.sha256(each).hexdigest()) for each in (packed, data)]
-    parts = {**told.parts, part: manifest.Part(said["object"], sums[0], sums[1], {**said["facts"], **facts})}
+    parts = {
+        **told.parts,
+        part: manifest.Part(said["object"], sums[0], sums[1], {**said["facts"], **facts}),
+    }
     written = manifest.write(manifest.Backup(told.id, told.kind, told.host, parts))
     here.b2.tamper("bucket", folder + "manifest.json", lambda _: written)
 
@@ -88,7 +94,8 @@ def test_a_run_that_is_ended_at_any_step_leaves_the_last_good_one(here: World, n
     good = here.run("--only", "valkey,files")
     with client(here.valkey) as server:
         server.set("since", "1")
-    # SIGTERM runs the same clean-up wherever it comes: two places are enough, and each takes a second.
+    # SIGTERM runs the same clean-up wherever it comes: two places are enough, and each takes a
+    # second.
     for call, name in list(STEPS.values())[:: 1 if number == signal.SIGKILL else 2]:
         came = stop_at(here, call, name)
         child = here.start("run", "--only", "valkey,files")
@@ -103,10 +110,14 @@ def test_a_run_that_is_ended_at_any_step_leaves_the_last_good_one(here: World, n
         until(lambda: any(b"--rdb" in line and str(slow).encode() in line for line in commands()))
         child.send_signal(number)
         here.end(child)
-        until(lambda: not any(b"--rdb" in line and str(slow).encode() in line for line in commands()))
+        until(
+            lambda: not any(b"--rdb" in line and str(slow).encode() in line for line in commands())
+        )
     assert here.ids() == [good]
     here.lose()
-    here.backup("restore", "--only", "valkey,files").ok()  # sweeps away what the killed ones have left
+    here.backup(
+        "restore", "--only", "valkey,files"
+    ).ok()  # sweeps away what the killed ones have left
     assert {path.name for path in here.work.iterdir()} <= {"lock", "last.json"}
     with client(here.valkey) as server:
         assert server.dbsize() == 56
@@ -124,8 +135,16 @@ def test_503s_and_cuts_are_got_over(here: World) -> None:
 
     def first_fails(call: str, _name: str) -> str:
         seen[call] += 1
-        return {"b2_list_file_names": "503", "upload": "cut", "b2_get_upload_url": "503",
-                "b2_download_file_by_id": "cut"}.get(call, "") if seen[call] == 1 else ""  # fmt: skip
+        return (
+            {
+                "b2_list_file_names": "503",
+                "upload": "cut",
+                "b2_get_upload_url": "503",
+                "b2_download_file_by_id": "cut",
+            }.get(call, "")
+            if seen[call] == 1
+            else ""
+        )
 
     here.b2.fault = first_fails
     here.run("--only", "valkey,files")
@@ -134,7 +153,11 @@ def test_503s_and_cuts_are_got_over(here: World) -> None:
 
     def first_read_fails(call: str, name: str) -> str:
         seen[name] += 1
-        return "cut" if call == "b2_download_file_by_id" and "valkey" in name and seen[name] == 1 else ""
+        return (
+            "cut"
+            if call == "b2_download_file_by_id" and "valkey" in name and seen[name] == 1
+            else ""
+        )
 
     here.b2.fault = first_read_fails
     here.backup("verify", RCLONE_LOW_LEVEL_RETRIES="1").ok()  # rclone does not try again: we do
@@ -148,7 +171,9 @@ def test_503s_and_cuts_are_got_over(here: World) -> None:
 
 
 @pytest.mark.parametrize("fault", ["503", "cut", "hang"])
-def test_a_remote_that_stays_away_is_named_and_what_was_there_stays(here: World, fault: str) -> None:
+def test_a_remote_that_stays_away_is_named_and_what_was_there_stays(
+    here: World, fault: str
+) -> None:
     good = here.run("--only", "files")
     here.b2.fault = lambda call, _name: fault if call == "upload" else ""
     failed = here.backup("run", "--only", "files", BACKUP_STALL_SECONDS="1", **ONCE)
@@ -189,16 +214,22 @@ def test_what_was_tampered_with_is_never_restored(here: World) -> None:
     name = folder + "valkey.rdb.gz"
     here.b2.tamper("bucket", name, lambda data: flip(data, len(data) // 2))
     here.backup("verify").failed("BackupDamaged", newer)
-    here.backup("restore", "--only", "valkey").failed("BackupDamaged", "valkey.rdb.gz is not what was uploaded")
+    here.backup("restore", "--only", "valkey").failed(
+        "BackupDamaged", "valkey.rdb.gz is not what was uploaded"
+    )
     here.b2.tamper("bucket", name, lambda data: data[:-5])
     listed = {each["id"]: each["fault"] for each in here.backup("list", "--json").ok().json}
     assert listed == {newer: "valkey.rdb.gz has not the size it had", older: ""}
     manifested = here.b2.objects("bucket")[folder + "manifest.json"]
-    here.b2.tamper("bucket", folder + "manifest.json", lambda data: data.replace(b'"files": 1', b'"files": 2'))
+    here.b2.tamper(
+        "bucket", folder + "manifest.json", lambda data: data.replace(b'"files": 1', b'"files": 2')
+    )
     assert manifested != here.b2.objects("bucket")[folder + "manifest.json"]
     here.backup("restore", newer).failed("BackupDamaged", "manifest was changed")
     stolen = here.b2.objects("bucket")[f"backups/{older}/manifest.json"]
-    here.b2.tamper("bucket", folder + "manifest.json", lambda _: stolen)  # another one's is not its own
+    here.b2.tamper(
+        "bucket", folder + "manifest.json", lambda _: stolen
+    )  # another one's is not its own
     here.backup("restore", newer).failed("BackupDamaged", "manifest cannot be read")
     with client(here.valkey) as server:
         assert server.dbsize() == 0
@@ -207,11 +238,15 @@ def test_what_was_tampered_with_is_never_restored(here: World) -> None:
         assert server.dbsize() == 56
 
 
-def test_what_would_end_the_target_is_refused_before_it_is_touched(here: World, tmp_path: Path) -> None:
+def test_what_would_end_the_target_is_refused_before_it_is_touched(
+    here: World, tmp_path: Path
+) -> None:
     backup = here.run("--only", "falkordb,valkey")
     kept = {name: stored[-1].data for name, stored in here.b2.buckets["bucket"].items()}
 
-    def refused(name: str, *sentences: str, words: tuple[str, ...] = ("--only", "falkordb")) -> None:
+    def refused(
+        name: str, *sentences: str, words: tuple[str, ...] = ("--only", "falkordb")
+    ) -> None:
         here.backup("restore", backup, "--replace", *words).failed(name, *sentences)
         assert here.nodes() == NODES  # it lives, and holds what it held
         for path, data in kept.items():
@@ -228,13 +263,21 @@ def test_what_would_end_the_target_is_refused_before_it_is_touched(here: World, 
     refused("CopyCorrupt", "no checksum")
     forge(here, backup, "falkordb", modules={"graph": 999999})
     refused("TargetTooOld", "module graph")
-    refused("TargetTooOld", "has none of the module graph", words=("--to", f"falkordb=127.0.0.1:{here.valkey}"))
+    refused(
+        "TargetTooOld",
+        "has none of the module graph",
+        words=("--to", f"falkordb=127.0.0.1:{here.valkey}"),
+    )
     with client(here.falkordb) as server:
         server.config_set("maxmemory", "1mb")
         forge(here, backup, "falkordb", memory=50_000_000)
-        here.backup("restore", backup, "--replace", "--only", "falkordb").failed("TargetTooSmall", "maxmemory")
+        here.backup("restore", backup, "--replace", "--only", "falkordb").failed(
+            "TargetTooSmall", "maxmemory"
+        )
         server.config_set("maxmemory", "0")
-    assert not [each for each in here.backup("list", "--json").ok().json if each["kind"] == "safety"]
+    assert not [
+        each for each in here.backup("list", "--json").ok().json if each["kind"] == "safety"
+    ]
 
 
 def test_a_replica_and_a_database_in_use_are_left_alone(here: World) -> None:
@@ -244,11 +287,15 @@ def test_a_replica_and_a_database_in_use_are_left_alone(here: World) -> None:
         server.replicaof("127.0.0.1", here.valkey)
         until(lambda: server.info("replication")["master_link_status"] == "up")
         to = f"valkey=127.0.0.1:{replica}"
-        here.backup("restore", "--replace", "--to", to).failed("TargetInUse", "is a replica of 127.0.0.1")
+        here.backup("restore", "--replace", "--to", to).failed(
+            "TargetInUse", "is a replica of 127.0.0.1"
+        )
         assert server.info("replication")["role"] == "slave"
     with contextlib.closing(sqlite3.connect(here.database)) as open_elsewhere:
         open_elsewhere.execute("SELECT count(*) FROM session").fetchone()
-        here.backup("restore", "--replace", "--only", "opencode").failed("TargetInUse", "Stop the server")
+        here.backup("restore", "--replace", "--only", "opencode").failed(
+            "TargetInUse", "Stop the server"
+        )
     here.backup("restore", "--replace", "--only", "opencode").ok()
 
 
@@ -262,7 +309,9 @@ def test_a_damaged_database_is_kept_aside_and_replaced(here: World) -> None:
     here.backup("restore", "--only", "opencode").failed("TargetNotEmpty")
     here.backup("restore", "--only", "opencode", "--replace").ok()
     assert here.rows() == 200
-    [kept] = [path for path in here.auth.parent.glob("opencode.db.damaged-*") if path.name.endswith("Z")]
+    [kept] = [
+        path for path in here.auth.parent.glob("opencode.db.damaged-*") if path.name.endswith("Z")
+    ]
     assert kept.read_bytes() == damaged
 
 
@@ -291,7 +340,12 @@ def test_a_restore_that_does_not_compare_puts_everything_back(here: World) -> No
 def test_when_the_target_dies_the_safety_copy_is_at_the_remote(here: World, tmp_path: Path) -> None:
     backup = here.run("--only", "valkey")
     # A type that nobody knows, with a right CRC64: what no check before can see.
-    forge(here, backup, "valkey", lambda data: signed(tmp_path, data[:-9] + b"\xfe\x07\x63\x01k\x01v" + data[-9:]))
+    forge(
+        here,
+        backup,
+        "valkey",
+        lambda data: signed(tmp_path, data[:-9] + b"\xfe\x07\x63\x01k\x01v" + data[-9:]),
+    )
     with redis_server(*NO_DELAY, password=SERVER_PASSWORD) as other, client(other) as server:
         server.set("precious", "1")
         failed = here.backup("restore", backup, "--replace", "--to", f"valkey=127.0.0.1:{other}")
@@ -304,7 +358,9 @@ def test_when_the_target_dies_the_safety_copy_is_at_the_remote(here: World, tmp_
 
 def test_a_target_that_cannot_reach_us_is_a_master_again(here: World) -> None:
     here.run("--only", "valkey")
-    failed = here.backup("restore", "--replace", "--only", "valkey", BACKUP_STALL_SECONDS="1", **NOWHERE)
+    failed = here.backup(
+        "restore", "--replace", "--only", "valkey", BACKUP_STALL_SECONDS="1", **NOWHERE
+    )
     failed.failed("RestoreFailed", "BACKUP_ADVERTISE", "as it was before")
     with client(here.valkey) as server:
         assert server.info("replication")["role"] == "master"
@@ -330,8 +386,11 @@ def test_a_restore_that_is_interrupted_loses_nothing(here: World, number: int) -
             child = here.start("restore", "--replace", "--only", "valkey")
             until(lambda child=child: _sync(server, "in_progress") or child.poll() is not None)  # type: ignore[misc]
             child.send_signal(signal.SIGSTOP)
-            # Megabytes may still be on their way through the kernel: enough, perhaps, to be complete.
-            until(lambda: not _sync(server, "in_progress") or _sync(server, "last_io_seconds_ago") > 0)
+            # Megabytes may still be on their way through the kernel: enough, perhaps, to be
+            # complete.
+            until(
+                lambda: not _sync(server, "in_progress") or _sync(server, "last_io_seconds_ago") > 0
+            )
             if left := _sync(server, "left_bytes"):
                 break
             child.send_signal(signal.SIGCONT)
@@ -344,7 +403,9 @@ def test_a_restore_that_is_interrupted_loses_nothing(here: World, number: int) -
             assert done.code == 128 + number
             assert server.config_get("masteruser") == {"masteruser": ""}
         assert server.get("precious") == b"1"
-        here.backup("restore", "--replace", "--only", "valkey").ok()  # frees what the killed one has left a replica
+        here.backup(
+            "restore", "--replace", "--only", "valkey"
+        ).ok()  # frees what the killed one has left a replica
         assert server.dbsize() == 80
         assert server.info("replication")["role"] == "master"
 
@@ -380,9 +441,13 @@ def test_a_server_that_goes_away_or_stalls_is_named(here: World) -> None:
         env = {"VALKEY_PORT": str(stalled), "BACKUP_STALL_SECONDS": "1"}
         here.backup("run", "--only", "valkey", **env).failed("CopyCut", "it stalled")
         child = here.start("run", "--only", "valkey", VALKEY_PORT=str(stalled))
-        until(lambda: any(b"--rdb" in line and str(stalled).encode() in line for line in commands()))
+        until(
+            lambda: any(b"--rdb" in line and str(stalled).encode() in line for line in commands())
+        )
     here.end(child).failed("CopyCut")
-    here.backup("run", "--only", "valkey", VALKEY_PASSWORD=SERVER_PASSWORD[:-1]).failed("ServerUnreachable", "password")
+    here.backup("run", "--only", "valkey", VALKEY_PASSWORD=SERVER_PASSWORD[:-1]).failed(
+        "ServerUnreachable", "rejects VALKEY_PASSWORD"
+    )
     here.backup("run", "--only", "opencode", HOME=str(here.home / "none")).failed("NothingToCopy")
     assert [each["id"] for each in here.backup("list", "--json").ok().json] == [good]
 
@@ -392,7 +457,9 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
     """A disk of 300 kB."""
     disk = tmp_path / "tiny"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k,mode=700", "tmpfs", str(disk)], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k,mode=700", "tmpfs", str(disk)], check=True
+    )
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
@@ -411,7 +478,9 @@ def test_a_full_disk_is_named_and_left_as_it_was(here: World, tiny: Path) -> Non
     with client(here.valkey) as server:
         assert server.dbsize() == 57
     here.backup("restore", "--to", f"opencode={tiny / 'db'}").ok()
-    here.backup("restore", "--to", f"files={tiny / 'files'}").failed("RestoreFailed", "No space left")
+    here.backup("restore", "--to", f"files={tiny / 'files'}").failed(
+        "RestoreFailed", "No space left"
+    )
     assert not [path for path in (tiny / "files").rglob("*") if path.is_file()]
     assert here.ids() == [good]
 
@@ -420,8 +489,13 @@ def test_one_at_a_time(here: World) -> None:
     came = stop_at(here, "upload")
     child = here.start("run", "--only", "files")
     until(came)
-    done = subprocess.run(child.args, capture_output=True, text=True, check=False, env={
-        "PATH": os.environ["PATH"], "HOME": str(here.home), **here.environ})  # fmt: skip
+    done = subprocess.run(
+        child.args,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": os.environ["PATH"], "HOME": str(here.home), **here.environ},
+    )
     assert done.returncode == 12
     assert "Busy: another backup or restore works in" in done.stderr
     here.b2.fault = lambda _call, _name: ""

@@ -19,8 +19,9 @@ import pytest
 import stamina
 from rich.console import Console
 
-from pipeline import errors, openagents, report
-from pipeline.settings import ROOT, Settings
+from pipeline.core import console, errors
+from pipeline.core.settings import ROOT, Settings
+from pipeline.inputs import openagents
 from tests.integration.gitserver import Fault, Server, serve
 
 pytestmark = pytest.mark.server
@@ -30,8 +31,9 @@ SETTINGS = {"network": {"attempts": 2, "stall_seconds": 1}}
 DRIVER = """
 import json, os, signal, sys
 from pathlib import Path
-from pipeline import errors, openagents, process
-from pipeline.settings import Settings
+from pipeline.core import errors, process
+from pipeline.inputs import openagents
+from pipeline.core.settings import Settings
 pin, vendor, settings, options, prelude = sys.argv[1:]
 openagents.PIN = Path(pin)
 exec(prelude)
@@ -46,11 +48,15 @@ except errors.PipelineError as error:
 
 def git(where: Path, *words: str) -> str:
     who = ("-c", "user.name=t", "-c", "user.email=t@example.com", "-c", "init.defaultBranch=main")
-    return subprocess.run(["git", *who, *words], cwd=where, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", *who, *words], cwd=where, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 class Upstream:
-    """Repositories to fetch: agents (one, two on main; next; fat; tag v1 on one), other (no such commits), bare."""
+    """Repositories to fetch: agents (one, two on main; next; fat; tag v1 on one), other (no such
+    commits), bare.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -90,11 +96,20 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Upstream:
 
 @pytest.fixture
 def server(upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+    for name in (
+        "http_proxy",
+        "HTTP_PROXY",
+        "https_proxy",
+        "HTTPS_PROXY",
+        "all_proxy",
+        "ALL_PROXY",
+    ):
         monkeypatch.delenv(name, raising=False)
     with serve(upstream.root) as running:
         pin = tmp_path / "pin.json"
-        pin.write_text(json.dumps({"url": f"{running.url}/agents", "ref": "main", "commit": upstream.one}))
+        pin.write_text(
+            json.dumps({"url": f"{running.url}/agents", "ref": "main", "commit": upstream.one})
+        )
         monkeypatch.setattr(openagents, "PIN", pin)
         yield running
 
@@ -122,8 +137,14 @@ def fetch(vendor: Path, **options: Any) -> openagents.Record:
     return openagents.fetch(Settings.model_validate(SETTINGS), vendor=vendor, **options)
 
 
-def start(vendor: Path, prelude: str = "", before: tuple[str, ...] = (), **options: Any) -> subprocess.Popen[str]:
-    words = [str(openagents.PIN), str(vendor), json.dumps(SETTINGS | {"network": {"stall_seconds": 20}})]
+def start(
+    vendor: Path, prelude: str = "", before: tuple[str, ...] = (), **options: Any
+) -> subprocess.Popen[str]:
+    words = [
+        str(openagents.PIN),
+        str(vendor),
+        json.dumps(SETTINGS | {"network": {"stall_seconds": 20}}),
+    ]
     return subprocess.Popen(
         [*before, sys.executable, "-c", DRIVER, *words, json.dumps(options), prelude],
         cwd=ROOT,
@@ -147,7 +168,9 @@ def assert_untouched(vendor: Path, record: openagents.Record | None) -> None:
         assert openagents.tree_hash(vendor / "OpenAgents") == record.tree
 
 
-def test_the_pin_arrives_shallow_and_recorded(server: Server, vendor: Path, upstream: Upstream) -> None:
+def test_the_pin_arrives_shallow_and_recorded(
+    server: Server, vendor: Path, upstream: Upstream
+) -> None:
     record = fetch(vendor)
     place = vendor / "OpenAgents"
     assert (record.kind, record.url, record.ref, record.commit) == (
@@ -199,15 +222,22 @@ def test_a_users_git_configuration_changes_no_bytes(
     assert (vendor / "OpenAgents/run.sh").read_bytes() == b"true\n"
 
 
-def test_settings_replace_the_pin_and_arguments_replace_them(server: Server, vendor: Path, upstream: Upstream) -> None:
+def test_settings_replace_the_pin_and_arguments_replace_them(
+    server: Server, vendor: Path, upstream: Upstream
+) -> None:
     elsewhere = {"url": f"{server.url}/nonesuch", "ref": "next"}
     settings = Settings.model_validate(SETTINGS | {"openagents": elsewhere})
-    assert openagents.fetch(settings, url=f"{server.url}/agents", vendor=vendor).commit == upstream.next
+    assert (
+        openagents.fetch(settings, url=f"{server.url}/agents", vendor=vendor).commit
+        == upstream.next
+    )
     with pytest.raises(errors.NoSuchRepository):
         openagents.fetch(settings, ref="main", vendor=vendor)
 
 
-def test_nothing_to_do_needs_no_network_and_no_time(server: Server, vendor: Path, fetched: openagents.Record) -> None:
+def test_nothing_to_do_needs_no_network_and_no_time(
+    server: Server, vendor: Path, fetched: openagents.Record
+) -> None:
     began = time.monotonic()
     assert fetch(vendor) == fetched
     assert time.monotonic() - began < 0.3
@@ -217,11 +247,12 @@ def test_nothing_to_do_needs_no_network_and_no_time(server: Server, vendor: Path
 def test_a_url_without_the_pin_gives_its_default_branch(
     server: Server, vendor: Path, upstream: Upstream, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = fetch(vendor, url=str(upstream.root / "other one"))  # a path, with a space
+    url = str(upstream.root / "other one")  # a path, with a space
+    record = fetch(vendor, url=url)
     assert (record.commit, record.ref) == (upstream.other, "main")
     assert record.url == (upstream.root / "other one").as_uri()
-    assert f"does not have {upstream.one[:7]}" in capsys.readouterr().out
-    assert fetch(vendor, url=str(upstream.root / "other one")) == record
+    assert f"does not have the pinned {upstream.one[:7]}" in capsys.readouterr().out
+    assert fetch(vendor, url=url) == record
     assert server.requests == 0
     assert_untouched(vendor, record)
 
@@ -232,21 +263,18 @@ def test_a_url_with_the_pin_gives_the_pin(server: Server, vendor: Path, upstream
     assert server.requests == 0
 
 
-def test_a_server_without_single_commits_gives_its_history(server: Server, vendor: Path, upstream: Upstream) -> None:
+def test_a_server_without_single_commits_gives_the_head_of_a_branch(
+    server: Server, vendor: Path, upstream: Upstream
+) -> None:
     server.old = True
-    git(upstream.root / "agents", "config", "uploadpack.allowTipSHA1InWant", "false")
-    # Neither a branch nor a tag points at the pin's child by that name: only a walk through history finds it.
-    git(upstream.root / "agents", "branch", "-q", "-f", "hidden", upstream.two)
-    git(upstream.root / "agents", "branch", "-q", "-D", "hidden")
     parent = git(upstream.root / "agents", "rev-parse", "next~1")
     git(upstream.root / "agents", "update-ref", "refs/heads/main", upstream.next)
     try:
-        assert fetch(vendor, ref=parent).commit == upstream.two
-        with pytest.raises(errors.NoSuchRef):
-            fetch(vendor, ref="1" * 40)
+        with pytest.raises(errors.NoSuchRef, match="--ref"):
+            fetch(vendor, ref=parent)
+        assert fetch(vendor, ref="next").commit == upstream.next
     finally:
         git(upstream.root / "agents", "update-ref", "refs/heads/main", upstream.two)
-    assert (vendor / "OpenAgents" / AGENT).read_text() == "two"
 
 
 @pytest.mark.parametrize(
@@ -261,7 +289,9 @@ def test_a_server_without_single_commits_gives_its_history(server: Server, vendo
         (Fault("cut"), (errors.GitHostUnreachable, 2)),
         (Fault("cut", after=100_000), (errors.GitHostUnreachable, 4)),
     ],
-    ids=lambda value: f"{value.kind}-{value.status}-{value.after}" if isinstance(value, Fault) else "",
+    ids=lambda value: (
+        f"{value.kind}-{value.status}-{value.after}" if isinstance(value, Fault) else ""
+    ),
 )
 def test_what_the_host_does_is_named_and_the_old_tree_stays(
     server: Server,
@@ -281,23 +311,31 @@ def test_what_the_host_does_is_named_and_the_old_tree_stays(
     assert_untouched(vendor, fetched)
 
 
-@pytest.mark.parametrize("fault", [Fault("status", 503, times=1), Fault("cut", after=100_000, times=1)])
-def test_a_fault_that_passes_is_outlived(server: Server, vendor: Path, upstream: Upstream, fault: Fault) -> None:
+@pytest.mark.parametrize(
+    "fault", [Fault("status", 503, times=1), Fault("cut", after=100_000, times=1)]
+)
+def test_a_fault_that_passes_is_outlived(
+    server: Server, vendor: Path, upstream: Upstream, fault: Fault
+) -> None:
     server.spoil(Fault(**vars(fault)))
     assert fetch(vendor).commit == upstream.one
 
 
 @pytest.mark.parametrize("ref", ["nonesuch", "1" * 40, "--upload-pack=true", "a..b", "refs/*"])
-def test_a_ref_that_does_not_exist(server: Server, vendor: Path, fetched: openagents.Record, ref: str) -> None:
+def test_a_ref_that_does_not_exist(
+    server: Server, vendor: Path, fetched: openagents.Record, ref: str
+) -> None:
     assert server.url
     with pytest.raises(errors.NoSuchRef):
         fetch(vendor, ref=ref)
     assert_untouched(vendor, fetched)
 
 
-def test_a_repository_without_agents(server: Server, vendor: Path, fetched: openagents.Record) -> None:
+def test_a_repository_without_agents(
+    server: Server, vendor: Path, fetched: openagents.Record
+) -> None:
     with pytest.raises(errors.NotOpenAgents):
-        fetch(vendor, url=f"{server.url}/plain")
+        fetch(vendor, url=f"{server.url}/plain", latest=True)
     assert_untouched(vendor, fetched)
 
 
@@ -315,7 +353,7 @@ def test_a_server_of_another_protocol_that_accepts_and_never_answers(vendor: Pat
     with (
         one_try,
         socket.create_server(("127.0.0.1", 0)) as mute,
-        pytest.raises(errors.GitHostUnreachable, match="said nothing"),
+        pytest.raises(errors.GitHostUnreachable, match="no data for"),
     ):
         fetch(vendor, url=f"git://127.0.0.1:{mute.getsockname()[1]}/agents", starter=False)
     assert_untouched(vendor, None)
@@ -349,7 +387,9 @@ def test_the_starter_follows_a_transfer_that_was_cut(server: Server, vendor: Pat
     assert_untouched(vendor, record)
 
 
-def test_an_edited_starter_is_not_thrown_away(server: Server, vendor: Path, upstream: Upstream) -> None:
+def test_an_edited_starter_is_not_thrown_away(
+    server: Server, vendor: Path, upstream: Upstream
+) -> None:
     server.spoil(Fault("status", 502))
     record = fetch(vendor)
     edited = vendor / "OpenAgents/.opencode/agent/core/builder.md"
@@ -358,7 +398,7 @@ def test_an_edited_starter_is_not_thrown_away(server: Server, vendor: Path, upst
     server.heal()
     with pytest.raises(errors.LocalEdits) as caught:
         fetch(vendor)
-    assert caught.value.details.split() == [".opencode/agent/core/builder.md"]
+    assert "inv fetch --force" in caught.value.remedy
     assert edited.read_text() == "mine"
     assert fetch(vendor, force=True).commit == upstream.one
 
@@ -367,38 +407,29 @@ def _branch(place: Path) -> None:
     git(place, "checkout", "-q", "-b", "mine")
 
 
-EDITS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "changed": (lambda place: (place / AGENT).write_text("mine"), AGENT),
-    "untracked": (lambda place: (place / "mine").write_text("mine"), "mine"),
-    "ignored": (lambda place: (place / "ignored").write_text("mine"), "ignored"),
-    "removed": (lambda place: (place / "big").unlink(), "big"),
-    "mode": (lambda place: (place / "run.sh").chmod(0o644), "run.sh"),
-    "link": (lambda place: (place / "link").symlink_to("/nonesuch"), "link"),
-    "branch": (_branch, ".git/refs/heads/mine"),
+EDITS: dict[str, Callable[[Path], object]] = {
+    "changed": lambda place: (place / AGENT).write_text("mine"),
+    "untracked": lambda place: (place / "mine").write_text("mine"),
+    "ignored": lambda place: (place / "ignored").write_text("mine"),
+    "removed": lambda place: (place / "big").unlink(),
+    "mode": lambda place: (place / "run.sh").chmod(0o644),
+    "link": lambda place: (place / "link").symlink_to("/nonesuch"),
+    "branch": _branch,
 }
 
 
 @pytest.mark.parametrize("kind", EDITS)
 @pytest.mark.usefixtures("server")
-def test_local_edits_are_kept(vendor: Path, upstream: Upstream, fetched: openagents.Record, kind: str) -> None:
-    edit, name = EDITS[kind]
-    edit(vendor / "OpenAgents")
+def test_local_edits_are_kept(
+    vendor: Path, upstream: Upstream, fetched: openagents.Record, kind: str
+) -> None:
+    EDITS[kind](vendor / "OpenAgents")
     edited = openagents.tree_hash(vendor / "OpenAgents")
     assert fetch(vendor) == fetched  # what is wanted is there: no reason to touch it
-    with pytest.raises(errors.LocalEdits) as caught:
+    with pytest.raises(errors.LocalEdits, match="status --ignored"):
         fetch(vendor, latest=True)
-    assert caught.value.details.split() == [name]
     assert openagents.tree_hash(vendor / "OpenAgents") == edited
     assert fetch(vendor, latest=True, force=True).commit == upstream.two
-
-
-@pytest.mark.usefixtures("server", "fetched")
-def test_only_five_edits_are_named(vendor: Path) -> None:
-    for number in range(7):
-        (vendor / "OpenAgents" / f"mine{number}").touch()
-    with pytest.raises(errors.LocalEdits) as caught:
-        fetch(vendor, latest=True)
-    assert caught.value.details.splitlines()[-2:] == ["  mine4", "  and 2 more"]
 
 
 @pytest.mark.usefixtures("server")
@@ -412,14 +443,15 @@ def test_force_restores_an_edited_tree(vendor: Path, fetched: openagents.Record)
 def test_half_there(vendor: Path, upstream: Upstream, fetched: openagents.Record) -> None:
     place = vendor / "OpenAgents"
     (place / AGENT).unlink()
-    with pytest.raises(errors.NothingFetched, match="half there"):
+    with pytest.raises(errors.NothingFetched, match="incomplete"):
         openagents.read(vendor)
-    assert fetch(vendor).tree == fetched.tree  # nothing could be lost: it heals by itself
+    with pytest.raises(errors.LocalEdits):
+        fetch(vendor)
+    assert fetch(vendor, force=True).tree == fetched.tree
     (place / ".fetched.json").write_text("{")
     with pytest.raises(errors.NothingFetched):
         openagents.read(vendor)
     (place / ".fetched.json").unlink()
-    (place / ".fetched.tree").unlink()
     with pytest.raises(errors.NothingFetched):
         openagents.read(vendor)
     with pytest.raises(errors.LocalEdits):  # somebody's own clone, for all we know
@@ -454,7 +486,15 @@ def test_vendor_is_no_directory_of_ours(tmp_path: Path, vendor: Path, name: str,
 
 def in_mounts(script: str) -> tuple[str, ...]:
     """Run what follows in mounts of its own, which end with it."""
-    return ("unshare", *(["-r"] if os.geteuid() else []), "-m", "sh", "-ec", f'{script}; exec "$@"', "sh")
+    return (
+        "unshare",
+        *(["-r"] if os.geteuid() else []),
+        "-m",
+        "sh",
+        "-ec",
+        f'{script}; exec "$@"',
+        "sh",
+    )
 
 
 @pytest.mark.usefixtures("server")
@@ -491,7 +531,12 @@ def test_disk_full(
     ("number", "after"), [(signal.SIGTERM, 0), (signal.SIGTERM, 100_000), (signal.SIGKILL, 100_000)]
 )
 def test_killed_while_the_host_is_at_work(
-    server: Server, vendor: Path, upstream: Upstream, fetched: openagents.Record, number: signal.Signals, after: int
+    server: Server,
+    vendor: Path,
+    upstream: Upstream,
+    fetched: openagents.Record,
+    number: signal.Signals,
+    after: int,
 ) -> None:
     server.spoil(Fault("silence", after=after))
     child = start(vendor, ref=upstream.two)
@@ -512,7 +557,10 @@ DIE = "os.kill(os.getpid(), signal.SIGKILL)"
 TWO_RENAMES = "openagents.exchange = lambda *_: False; rename = Path.rename"
 SWAPS = {
     "before the swap": (f"openagents.swap = lambda *_: {DIE}", "one"),
-    "after the swap": (f"swap = openagents.swap; openagents.swap = lambda *a: (swap(*a), {DIE})", "two"),
+    "after the swap": (
+        f"swap = openagents.swap; openagents.swap = lambda *a: (swap(*a), {DIE})",
+        "two",
+    ),
     "between two renames": (
         f"{TWO_RENAMES}; Path.rename = lambda *a: (rename(*a), a[0].name == 'OpenAgents' and {DIE})",
         "",
@@ -555,7 +603,9 @@ def test_interrupted_between_two_renames(
         with pytest.raises(KeyboardInterrupt):
             fetch(vendor, ref=upstream.two)
     assert_untouched(vendor, fetched)
-    assert_untouched(vendor, fetch(vendor, ref=upstream.two))  # two renames do as well as one exchange
+    assert_untouched(
+        vendor, fetch(vendor, ref=upstream.two)
+    )  # two renames do as well as one exchange
 
 
 def test_two_at_once(server: Server, vendor: Path, upstream: Upstream) -> None:
@@ -564,10 +614,10 @@ def test_two_at_once(server: Server, vendor: Path, upstream: Upstream) -> None:
     eventually(server.silent.is_set, "the transfer began")
     second = start(vendor)
     assert second.stdout is not None
-    assert second.stdout.readline() == "Another fetch is at work: waiting for it.\n"
+    assert second.stdout.readline() == "Another fetch is running: waiting for it.\n"
     server.heal()
     assert "is in vendor/OpenAgents" in first.communicate(timeout=60)[0]
-    assert "is there already" in second.communicate(timeout=60)[0]
+    assert "is already there" in second.communicate(timeout=60)[0]
     assert (first.returncode, second.returncode) == (0, 0)
     assert fetch(vendor).commit == upstream.one
 
@@ -605,13 +655,37 @@ def test_the_ca_of_the_settings_is_trusted(
 ) -> None:
     monkeypatch.delenv("GIT_SSL_CAINFO", raising=False)
     key, ca = tmp_path / "key.pem", tmp_path / "ca.pem"
-    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
-    names = ["-subj", "/CN=loopback", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(ca)]
+    made = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-days",
+        "2",
+    ]
+    names = [
+        "-subj",
+        "/CN=loopback",
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+        "-keyout",
+        str(key),
+        "-out",
+        str(ca),
+    ]
     subprocess.run([*made, *names], check=True, capture_output=True)
     both = tmp_path / "both.pem"
     both.write_bytes(key.read_bytes() + ca.read_bytes())
     with serve(upstream.root, both) as server:
-        options: dict[str, Any] = {"url": f"{server.url}/agents", "ref": upstream.one, "vendor": vendor}
+        options: dict[str, Any] = {
+            "url": f"{server.url}/agents",
+            "ref": upstream.one,
+            "vendor": vendor,
+        }
         with pytest.raises(errors.GitHostUnreachable, match="--ca"):
             openagents.fetch(Settings.model_validate(SETTINGS), starter=False, **options)
         trusting = Settings.model_validate(SETTINGS | {"ca": str(ca)})
@@ -619,16 +693,18 @@ def test_the_ca_of_the_settings_is_trusted(
 
 
 @pytest.mark.usefixtures("server")
-def test_a_terminal_gets_a_bar(vendor: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_progress(vendor: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=100)
-    monkeypatch.setattr(report, "console", lambda: console)
+    terminal = Console(file=screen, force_terminal=True, width=100)
+    monkeypatch.setattr(console, "console", lambda: terminal)
     fetch(vendor)
-    assert "━" in screen.getvalue()
+    assert "objects: 100%" in screen.getvalue()
 
 
 @pytest.mark.usefixtures("server")
-def test_a_broken_pin_is_named(vendor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_pin_is_named(
+    vendor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "broken.json").write_text('{"url": ""}')
     monkeypatch.setattr(openagents, "PIN", tmp_path / "broken.json")
     with pytest.raises(errors.LockBroken):

@@ -51,7 +51,9 @@ def token(user: str, password: str) -> str:
 
 
 @pytest.mark.parametrize("password", AWKWARD)
-def test_the_password_arrives_as_it_is_and_is_in_no_argv(shell: str, password: str, tmp_path: Path) -> None:
+def test_the_password_arrives_as_it_is_and_is_in_no_argv(
+    shell: str, password: str, tmp_path: Path
+) -> None:
     user = "opencode" if password == AWKWARD[0] else 'o"p\\e n'
     argvs: list[bytes] = []
     mark = f"HEALTH_OF={tmp_path}"
@@ -59,11 +61,14 @@ def test_the_password_arrives_as_it_is_and_is_in_no_argv(shell: str, password: s
     def respond(_path: str, headers: Mapping[str, str]) -> Reply:
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if mark.encode() in (process / "environ").read_bytes():  # others on this machine are none of ours
+                if (
+                    mark.encode() in (process / "environ").read_bytes()
+                ):  # others on this machine are none of ours
                     argvs.append((process / "cmdline").read_bytes())
         return (200 if headers.get("Authorization") == token(user, password) else 401), b"{}"
 
-    # curl wipes what it knows as a secret from its own argv, but `ps` may be quicker: so its first argv is kept too.
+    # curl wipes what it knows as a secret from its own argv, but `ps` may be quicker: so its first
+    # argv is kept too.
     given = tmp_path / "given"
     for program in ("curl", "sed"):
         (tmp_path / program).write_text(
@@ -120,5 +125,11 @@ def test_a_line_break_is_refused_with_a_sentence(shell: str, name: str) -> None:
 def test_neither_a_proxy_nor_a_curlrc_comes_between(shell: str, tmp_path: Path) -> None:
     (tmp_path / ".curlrc").write_text("write-out = noise\n")
     with http_server(lambda _path, _headers: (200, b"{}")) as port:
-        done = health(shell, port, OPENCODE_SERVER_PASSWORD=SECRET, http_proxy="http://127.0.0.1:1", HOME=str(tmp_path))
+        done = health(
+            shell,
+            port,
+            OPENCODE_SERVER_PASSWORD=SECRET,
+            http_proxy="http://127.0.0.1:1",
+            HOME=str(tmp_path),
+        )
     assert (done.returncode, done.stdout) == (0, "")

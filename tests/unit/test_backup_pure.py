@@ -1,4 +1,6 @@
-"""What of scripts/backup needs no server: checksums, what is kept, what the environment may say, cron's table."""
+"""What of scripts/backup needs no server: checksums, what is kept, what the environment may say,
+the schedule.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,14 @@ import random
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
-from backup_lib import crc64, errors, keep, manifest, restore, schedule, settings
-from backup_lib.manifest import INCOMPLETE, Backup, Part
-from backup_lib.settings import KEEP
+from lib.backup import crc64, errors, manifest, retention, schedule, settings, targets
+from lib.backup.manifest import INCOMPLETE, Backup, Part
+from lib.backup.settings import Keep
+
+from tests.servers import until
 
 B2 = {"BACKUP_REMOTE": "b2:bucket/path", "RCLONE_CONFIG_B2_TYPE": "b2"}
 
@@ -21,12 +26,14 @@ def slowly(data: bytes) -> int:
     for byte in data:
         crc ^= byte
         for _ in range(8):
-            crc = crc >> 1 ^ crc64.POLYNOMIAL if crc & 1 else crc >> 1
+            crc = crc >> 1 ^ 0x95AC9329AC4BC9B5 if crc & 1 else crc >> 1
     return crc
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 5000, (1 << 17) - 1, (1 << 17) + 9])
-def test_crc64_is_that_of_its_definition(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crc64_is_that_of_its_definition(
+    tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert slowly(b"123456789") == 0xE9C6D914C4B8D9CA  # as Redis' own sources say
     monkeypatch.setattr(crc64, "BLOCK", 1 << 17)
     path = tmp_path / "data"
@@ -38,32 +45,49 @@ def test_crc64_is_that_of_its_definition(tmp_path: Path, size: int, monkeypatch:
 def made(days: float, parts: str = "files", kind: str = "backup", fault: str = "") -> Backup:
     when = datetime(2026, 11, 24, 3, tzinfo=UTC) - timedelta(days=days)
     part = Part("o", (1, ""), (1, ""), {})
-    return Backup(f"{when:%Y%m%dT%H%M%SZ}-{int(days):06x}", kind, "", dict.fromkeys(parts.split(), part), 1, fault)
+    return Backup(
+        f"{when:%Y%m%dT%H%M%SZ}-{int(days):06x}",
+        kind,
+        "",
+        dict.fromkeys(parts.split(), part),
+        1,
+        fault,
+    )
 
 
 def test_prune_keeps_the_last_and_the_newest_of_each_day_week_and_month() -> None:
     backups = [made(hours / 24) for hours in range(0, 24 * 120, 12)]
-    limits = {"LAST": 3, "DAILY": 4, "WEEKLY": 3, "MONTHLY": 3, "SAFETY": 0}
-    removed = keep.to_remove(backups, limits)
+    limits = Keep(last=3, daily=4, weekly=3, monthly=3, safety=0)
+    removed = retention.to_remove(backups, limits)
     kept = [backup.id[:11] for backup in backups if backup not in removed]
     assert kept == [
-        "20261124T03", "20261123T15", "20261123T03",  # the last three
-        "20261122T15", "20261121T15",  # days
+        "20261124T03",
+        "20261123T15",
+        "20261123T03",  # the last three
+        "20261122T15",
+        "20261121T15",  # days
         "20261115T15",  # weeks: those of the 23rd and the 22nd are there
-        "20261031T15", "20260930T15",  # months
-    ]  # fmt: skip
+        "20261031T15",
+        "20260930T15",  # months
+    ]
     assert removed == sorted(removed, key=lambda backup: backup.id)
 
 
 def test_prune_never_removes_the_last_good_copy_of_a_part_nor_what_may_still_be_saved() -> None:
-    none = dict.fromkeys(KEEP, 0)
+    none = Keep(**dict.fromkeys(Keep.model_fields, 0))
     old = made(500, "valkey opencode")
-    half, damaged = made(3, "", "", INCOMPLETE), made(2, fault="files.tar.gz has not the size it had")
+    half, damaged = (
+        made(3, "", "", INCOMPLETE),
+        made(2, fault="files.tar.gz has not the size it had"),
+    )
     safety = made(4, kind="safety")
     backups = [made(1), made(5), old, made(600, "valkey"), half, damaged, safety]
-    assert {backup.id for backup in keep.to_remove(backups, none)} == {
-        made(5).id, made(600).id, half.id, safety.id
-    }  # fmt: skip
+    assert {backup.id for backup in retention.to_remove(backups, none)} == {
+        made(5).id,
+        made(600).id,
+        half.id,
+        safety.id,
+    }
 
 
 def test_secrets_are_read_from_files_and_only_those_of_secrets(tmp_path: Path) -> None:
@@ -74,14 +98,26 @@ def test_secrets_are_read_from_files_and_only_those_of_secrets(tmp_path: Path) -
     assert config.hide("failed with hidden-key") == "failed with ***"
     assert "hidden-key" not in repr(config)
     sftp = {"RCLONE_CONFIG_S_TYPE": "sftp", "RCLONE_CONFIG_S_KEY_FILE": "/root/.ssh/id"}
-    assert settings.load(sftp).environ["RCLONE_CONFIG_S_KEY_FILE"] == "/root/.ssh/id"  # that is rclone's own
-    for environ in ({"DD_API_KEY": "a", "DD_API_KEY_FILE": str(tmp_path / "key")}, {"DD_API_KEY_FILE": "/none"}):
+    assert (
+        settings.load(sftp).environ["RCLONE_CONFIG_S_KEY_FILE"] == "/root/.ssh/id"
+    )  # that is rclone's own
+    for environ in (
+        {"DD_API_KEY": "a", "DD_API_KEY_FILE": str(tmp_path / "key")},
+        {"DD_API_KEY_FILE": "/none"},
+    ):
         with pytest.raises(errors.NotConfigured):
             settings.load(environ)
 
 
+def test_a_variable_that_has_the_name_of_a_field_is_ignored() -> None:
+    names = ("SERVERS", "KEEP", "SECRETS", "ENVIRON", "DATADOG", "DATABASE")
+    assert settings.load({**B2, **dict.fromkeys(names, "x")}) == settings.load(B2)
+
+
 def test_only_what_rclone_needs_is_handed_on() -> None:
-    handed = settings.load({**B2, "DD_API_KEY": "k", "FALKORDB_PASSWORD": "p", "AWS_CA_BUNDLE": "/ca", "PATH": "/bin"})
+    handed = settings.load(
+        {**B2, "DD_API_KEY": "k", "FALKORDB_PASSWORD": "p", "AWS_CA_BUNDLE": "/ca", "PATH": "/bin"}
+    )
     assert set(handed.environ) == {"PATH", "RCLONE_CONFIG_B2_TYPE"}
 
 
@@ -104,24 +140,57 @@ def test_what_cannot_be_meant_is_refused(environ: dict[str, str]) -> None:
         settings.load(environ)
 
 
-def test_crons_table_signals_and_holds_nothing_else() -> None:
-    assert schedule.crontab("*/5 3 * * 1-5", 7) == "*/5 3 * * 1-5 kill -USR1 7\n17 * * * * kill -USR2 7\n"
-    for bad in ("", "3 * * *", "* * * * * rm", "* * * * *\n* * * * * x", "@reboot"):
-        with pytest.raises(errors.NotConfigured):
-            schedule.crontab(bad, 7)
+def test_the_schedule_names_the_next_job() -> None:
+    evening = datetime(2026, 11, 25, 20, 30)  # noqa: DTZ001
+    assert schedule.next_job("23 3 * * *", evening) == (
+        evening.replace(hour=21, minute=17),
+        ["status"],
+    )
+    night = datetime(2026, 11, 26, 3, 18)  # noqa: DTZ001
+    assert schedule.next_job("23 3 * * *", night) == (night.replace(minute=23), ["run", "--prune"])
+    assert schedule.next_job("@weekly", night)[1] == ["status"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "",
+        "3 * * *",
+        "* * * * * rm",
+        "* * * * *\n* * * * * x",
+        "@reboot",
+        "61 3 * * *",
+        "* * * * * *",
+    ],
+)
+def test_a_schedule_that_is_not_one_is_refused(bad: str) -> None:
+    with pytest.raises(errors.NotConfigured, match="BACKUP_SCHEDULE"):
+        schedule.check(bad)
+
+
+def test_a_job_is_ended_when_the_schedule_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "backup"
+    program.write_text(
+        "import os, pathlib, sys, time\npathlib.Path(sys.argv[1]).touch()\ntime.sleep(60)"
+    )
+    monkeypatch.setattr(schedule, "PROGRAM", program)
+    stop = Event()
+    job = Thread(target=schedule.run_job, args=([str(tmp_path / "started")], stop))
+    job.start()
+    until((tmp_path / "started").exists, "the job starts")
+    stop.set()
+    job.join(10)
+    assert not job.is_alive()
 
 
 def test_valkey_reads_its_own_rdbs_and_those_from_before_it_was() -> None:
     redis8, valkey8, valkey9 = 12, 11, 80
     pairs = [(valkey8, redis8), (valkey8, valkey9), (redis8, redis8), (valkey9, valkey9)]
-    assert all(restore.readable(version, reads) for version, reads in pairs)
+    assert all(targets.readable(version, reads) for version, reads in pairs)
     pairs = [(redis8, valkey8), (redis8, valkey9), (valkey9, redis8)]
-    assert not any(restore.readable(version, reads) for version, reads in pairs)
-
-
-def test_without_the_capabilities_that_cron_needs_nothing_is_started() -> None:
-    assert schedule.missing_capabilities("CapPrm:\t00\nCapEff:\t00000000000000c0\n") == []
-    assert schedule.missing_capabilities("CapPrm:\tff\nCapEff:\t0000000000000000\n") == ["CAP_SETGID", "CAP_SETUID"]
+    assert not any(targets.readable(version, reads) for version, reads in pairs)
 
 
 def test_a_manifest_that_was_changed_is_noticed() -> None:
@@ -131,12 +200,15 @@ def test_a_manifest_that_was_changed_is_noticed() -> None:
     assert manifest.parse(written) == made(1)
     assert manifest.parse({**written, "host": "another"}).fault == "its manifest was changed"
     body = {name: value for name, value in written.items() if name != "sha256"} | {"format": 2}
-    assert "another version" in manifest.parse({**body, "sha256": manifest._sum(body)}).fault
+    assert "another version" in manifest.parse({**body, "sha256": manifest.checksum(body)}).fault
 
 
 def test_docs_have_every_exit_code() -> None:
     page = (Path(__file__).parents[2] / "docs/backup.md").read_text()
-    rows = {(int(code), name, what) for code, name, what in re.findall(r"\| (\d+) \| `(\w+)` \| (.+) \|", page)}
+    rows = {
+        (int(code), name, what)
+        for code, name, what in re.findall(r"\| (\d+) \| `(\w+)` \| (.+) \|", page)
+    }
     kinds = errors.Failure.__subclasses__()
     assert rows == {(kind.code, kind.__name__, str(kind.__doc__)) for kind in kinds}
     assert len({kind.code for kind in kinds}) == len(kinds)

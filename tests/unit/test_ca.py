@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import ca
-from pipeline.errors import SettingRefused
+from pipeline.core.errors import SettingRefused
+from pipeline.inputs import ca
 
 
 def certificate(text: str) -> str:
@@ -21,7 +21,9 @@ OURS, SECOND, PUBLIC = certificate("ours"), certificate("second"), certificate("
 
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A host's bundle: one public certificate, two of the network, one of them twice, with words between them."""
+    """A host's bundle: one public certificate, two of the network, one of them twice, with words
+    between them.
+    """
     public = tmp_path / "mozilla"
     public.mkdir()
     (public / "Public.crt").write_text(PUBLIC.replace("\n", "\r\n"))
@@ -40,23 +42,29 @@ def test_the_setting_comes_first_then_the_variables_in_order(bundle: Path) -> No
     assert ca.source(str(bundle), {"SSL_CERT_FILE": "/nowhere"}) == ("ca", bundle)
 
 
-@pytest.mark.parametrize(("setting", "environ"), [("/nowhere", {}), ("", {"NODE_EXTRA_CA_CERTS": "/nowhere"})])
-def test_a_bundle_that_cannot_be_read_is_named(setting: str, environ: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "environ"), [("/nowhere", {}), ("", {"NODE_EXTRA_CA_CERTS": "/nowhere"})]
+)
+def test_a_bundle_that_cannot_be_read_is_named(
+    setting: str, environ: dict[str, str], tmp_path: Path
+) -> None:
     name = "ca" if setting else "NODE_EXTRA_CA_CERTS"
-    with pytest.raises(SettingRefused, match=f"{name} names /nowhere, which cannot be read"):
+    with pytest.raises(SettingRefused, match=f"{name}=/nowhere: the file cannot be read"):
         ca.source(setting, environ)
     with pytest.raises(SettingRefused, match="cannot be read"):
         ca.source(str(tmp_path), {})
 
 
 @pytest.mark.parametrize("text", ["", "\x30\x82\x03\x1f", "-----BEGIN CERTIFICATE-----"])
-def test_a_bundle_without_pem_is_named_and_not_staged(bundle: Path, tmp_path: Path, text: str) -> None:
+def test_a_bundle_without_pem_is_named_and_not_staged(
+    bundle: Path, tmp_path: Path, text: str
+) -> None:
     staged = tmp_path / "extra.crt"
     ca.stage(str(bundle), {}, staged)
     bundle.write_text(text)
-    with pytest.raises(SettingRefused, match=f"PIP_CERT names {bundle}, which holds no PEM certificate"):
+    with pytest.raises(SettingRefused, match=f"PIP_CERT={bundle}: the file has no PEM certificate"):
         ca.extra("", {"PIP_CERT": str(bundle)})
-    with pytest.raises(SettingRefused, match="ca names "):
+    with pytest.raises(SettingRefused, match="ca="):
         ca.stage(str(bundle), {}, staged)
     assert staged.read_text() == f"{OURS}\n{SECOND}\n"
 
@@ -78,7 +86,9 @@ def test_public_ones_are_left_out_and_each_is_there_once(bundle: Path) -> None:
     assert ca.extra("", {}) == {}
 
 
-def test_staging_writes_once_and_leaves_what_says_the_same_untouched(bundle: Path, tmp_path: Path) -> None:
+def test_staging_writes_once_and_leaves_what_says_the_same_untouched(
+    bundle: Path, tmp_path: Path
+) -> None:
     staged = tmp_path / "extra.crt"
     assert ca.stage(str(bundle), {}, staged) == 2
     assert staged.read_text() == f"{OURS}\n{SECOND}\n"
@@ -91,11 +101,16 @@ def test_staging_writes_once_and_leaves_what_says_the_same_untouched(bundle: Pat
     # A build in a shell without the variable keeps what the fetch was given.
     assert ca.stage("", {}, staged) == 1
     assert staged.read_text() == f"{SECOND}\n"
-    # A bundle of public ones only empties it: a CA of another network must not reach the next build.
+    # A bundle of public ones only empties it: a CA of another network must not reach the next
+    # build.
     bundle.write_text(PUBLIC)
     assert ca.stage(str(bundle), {}, staged) == 0
     assert staged.read_text() == ""
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle.pem", "extra.crt", "mozilla"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "bundle.pem",
+        "extra.crt",
+        "mozilla",
+    ]
 
 
 def test_an_edited_certifi_is_no_list_of_public_ones(

@@ -8,8 +8,8 @@ import pytest
 from invoke.config import Config
 from invoke.context import Context
 
-from pipeline import engine as engines
-from pipeline.cli import engine_of
+from pipeline.engines import detect
+from pipeline.task_context import engine_of
 
 
 @pytest.mark.parametrize(("flag", "name"), [("", "podman"), ("docker", "docker")])
@@ -17,6 +17,8 @@ def test_a_task_asks_for_the_engine_and_the_platform_that_are_set(
     monkeypatch: pytest.MonkeyPatch, flag: str, name: str
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(engines, "find", lambda *words: asked.append(words))
-    with engine_of(Context(Config(overrides={"engine": "podman", "platform": "linux/arm64"})), flag):
+    monkeypatch.setattr(detect, "find", lambda *words: asked.append(words))
+    with engine_of(
+        Context(Config(overrides={"engine": "podman", "platform": "linux/arm64"})), flag
+    ):
         assert asked == [(name, "linux/arm64")]

@@ -1,4 +1,6 @@
-"""Waiting for a server, against real ones on loopback; containers, always removed, with an engine that is a script."""
+"""Waiting for a server, against real ones on loopback; containers, always removed, with an engine
+that is a script.
+"""
 
 import base64
 import contextlib
@@ -14,10 +16,19 @@ from typing import Any
 import pytest
 import requests
 
-from pipeline import container, process
-from pipeline.container import PREFIX, SECRET, Container, Server, remove_leftovers, running, wait_ready
-from pipeline.engine import Engine
-from pipeline.errors import EngineBroken, PipelineError, PortTaken, ServerDied, ServerSilent
+from pipeline.core import process
+from pipeline.core.errors import EngineBroken, PipelineError, PortTaken, ServerDied, ServerSilent
+from pipeline.engines import container
+from pipeline.engines.container import (
+    PREFIX,
+    SECRET,
+    Container,
+    Server,
+    remove_leftovers,
+    running,
+    wait_ready,
+)
+from pipeline.engines.engine import Engine
 from tests.servers import Reply, free_port, http_server, silent_server
 
 
@@ -30,8 +41,8 @@ def soon(seconds: float = 0.25) -> float:
     [
         ((500, b"boom in the server"), "/config answered 500: boom in the server"),
         ((404, b""), "/config answered 404"),
-        ((200, b"<html>"), "answered 200, but not with JSON: <html>"),
-        ((200, b""), "answered 200, but not with JSON"),
+        ((200, b"<html>"), "answered 200, but not JSON: <html>"),
+        ((200, b""), "answered 200, but not JSON"),
     ],
 )
 def test_a_wrong_answer_is_quoted_when_time_is_up(reply: Reply, words: str) -> None:
@@ -54,31 +65,40 @@ def test_a_password_it_lacks_ends_the_wait_at_once() -> None:
 
 
 def test_one_that_accepts_and_never_answers() -> None:
-    with silent_server() as port, pytest.raises(ServerSilent, match="took a request and did not answer"):
+    with (
+        silent_server() as port,
+        pytest.raises(ServerSilent, match="accepted a request and did not answer"),
+    ):
         wait_ready(Server(f"http://127.0.0.1:{port}", timeout=0.2), soon())
 
 
 def test_one_that_refuses() -> None:
-    with pytest.raises(ServerSilent, match=r"nothing answers at http://127\.0\.0\.1"):
+    with pytest.raises(ServerSilent, match=r"no server answers at http://127\.0\.0\.1"):
         wait_ready(Server(f"http://127.0.0.1:{free_port()}"), soon())
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:port", "http://", "gopher://127.0.0.1", "http://me:hidden@x:y"])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:port", "http://", "gopher://127.0.0.1", "http://me:hidden@x:y"]
+)
 def test_an_address_that_is_none_ends_the_wait_at_once(url: str) -> None:
     began = time.monotonic()
-    with pytest.raises(ServerSilent, match="nothing answers at ") as caught:
+    with pytest.raises(ServerSilent, match="no server answers at ") as caught:
         wait_ready(Server(url), soon(60))
     assert time.monotonic() - began < 5
     assert "hidden" not in str(caught.value)
 
 
-def test_a_certificate_that_is_refused_ends_the_wait_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certificate_that_is_refused_ends_the_wait_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise requests.exceptions.SSLError("self-signed certificate")
 
     monkeypatch.setattr(Server, "get", refuse)
     began = time.monotonic()
-    with pytest.raises(ServerSilent, match=r"nothing answers at https://opencode\.example\.com: SSLError"):
+    with pytest.raises(
+        ServerSilent, match=r"no server answers at https://opencode\.example\.com: SSLError"
+    ):
         wait_ready(Server("https://me:hidden@opencode.example.com"), soon(60))
     assert time.monotonic() - began < 5
 
@@ -156,12 +176,16 @@ Fake = Callable[[str], Engine]
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Fake:
-    """An engine that is a shell script: ``log`` keeps its command lines, each word's case is the test's."""
+    """An engine that is a shell script: ``log`` keeps its command lines, each word's case is the
+    test's.
+    """
 
     def make(cases: str) -> Engine:
         program = tmp_path / "podman"
         log = tmp_path / "log"
-        program.write_text(f'#!/bin/sh\necho "$* {SECRET}=${SECRET}" >> {log}\ncase "$1" in\n{cases}\nesac\n')
+        program.write_text(
+            f'#!/bin/sh\necho "$* {SECRET}=${SECRET}" >> {log}\ncase "$1" in\n{cases}\nesac\n'
+        )
         program.chmod(0o755)
         return Engine("podman", str(program), "4.3.1")
 
@@ -177,14 +201,16 @@ def state(*, running: bool, code: int = 0) -> str:
 
 
 def test_a_container_is_published_on_loopback_and_removed(fake: Fake) -> None:
-    engine = fake(f"port) echo 127.0.0.1:41234 ;; logs) echo out; echo err >&2 ;; {state(running=True)}")
+    engine = fake(
+        f"port) echo 127.0.0.1:41234 ;; logs) echo out; echo err >&2 ;; {state(running=True)}"
+    )
     with running(engine, "image", port=41234, password="pw") as started:  # noqa: S106 -- of no server
         assert started.server == Server("http://127.0.0.1:41234", "pw", 5.0)
         assert started.name.startswith(f"{PREFIX}-{os.getpid()}-")
         assert started.logs() == "out\nerr"
         assert started.exec("true").ok
         with running(engine, "image", network="none") as other:
-            assert other.server is None
+            assert other.server == Server("")
             assert other.name != started.name
     ran, *rest = log(engine)
     assert "--publish 127.0.0.1:41234:4096" in ran
@@ -231,24 +257,52 @@ def test_a_removal_that_a_signal_cuts_short_is_done_again(
 @pytest.mark.parametrize(
     ("cases", "failure", "words"),
     [
-        ("run) echo 'listen tcp 127.0.0.1:9: bind: address already in use' >&2; exit 126 ;;", PortTaken, "port 9 on"),
-        ("run) echo 'Bind for 127.0.0.1:9 failed: port is already allocated' >&2; exit 125 ;;", PortTaken, "port 9 on"),
-        ("run) echo 'exec: \"tini\": executable file not found in $PATH' >&2; exit 127 ;;", ServerDied, "entrypoint"),
-        ("run) echo 'Failed to bind port 9 (Address already in use) for option' >&2; exit 126 ;;", PortTaken, "port 9"),
+        (
+            "run) echo 'listen tcp 127.0.0.1:9: bind: address already in use' >&2; exit 126 ;;",
+            PortTaken,
+            "port 9 on",
+        ),
+        (
+            "run) echo 'Bind for 127.0.0.1:9 failed: port is already allocated' >&2; exit 125 ;;",
+            PortTaken,
+            "port 9 on",
+        ),
+        (
+            "run) echo 'exec: \"tini\": executable file not found in $PATH' >&2; exit 127 ;;",
+            ServerDied,
+            "entrypoint",
+        ),
+        (
+            "run) echo 'Failed to bind port 9 (Address already in use) for option' >&2; exit 126 ;;",
+            PortTaken,
+            "port 9",
+        ),
         (
             "run) echo 'exec: \"pasta\": executable file not found in $PATH' >&2; exit 127 ;;",
             EngineBroken,
             "cannot start",
         ),
-        ("run) echo 'netavark: no such file or directory' >&2; exit 127 ;;", EngineBroken, "cannot start the image"),
-        ("run) echo 'exec tini: No such file or directory' >&2; exit 127 ;;", ServerDied, "entrypoint"),
-        ("run) echo 'setrlimit: not permitted' >&2; exit 126 ;;", EngineBroken, "cannot start the image"),
+        (
+            "run) echo 'netavark: no such file or directory' >&2; exit 127 ;;",
+            EngineBroken,
+            "cannot start the image",
+        ),
+        (
+            "run) echo 'exec tini: No such file or directory' >&2; exit 127 ;;",
+            ServerDied,
+            "entrypoint",
+        ),
+        (
+            "run) echo 'setrlimit: not permitted' >&2; exit 126 ;;",
+            EngineBroken,
+            "cannot start the image",
+        ),
         (
             "port) exit 1 ;; logs) echo config is bad ;; " + state(running=False, code=3),
             ServerDied,
-            "exit code 3 as it",
+            "exited with 3",
         ),
-        ("port) ;; " + state(running=False, code=4), ServerDied, "exit code 4 as it"),
+        ("port) ;; " + state(running=False, code=4), ServerDied, "exited with 4"),
     ],
 )
 def test_a_start_that_fails_is_explained_and_leaves_nothing(
@@ -265,11 +319,13 @@ def test_a_start_that_fails_is_explained_and_leaves_nothing(
 def test_the_log_of_a_container_that_died_is_quoted(fake: Fake) -> None:
     engine = fake(f"logs) echo unknown key ;; {state(running=False, code=1)}")
     dead = Container(engine, "n", time.monotonic(), Server(f"http://127.0.0.1:{free_port()}"))
-    with pytest.raises(ServerDied, match="exit code 1 before it answered") as caught:
+    with pytest.raises(ServerDied, match="exited with 1 before the server") as caught:
         dead.wait_ready(30)
     assert caught.value.details == "unknown key"
     dead.engine = fake("exec) exit 124 ;; logs) echo booting ;; " + state(running=True))
-    with pytest.raises(ServerSilent, match=r"without a network the server did not answer within 0\.2 s") as silent:
+    with pytest.raises(
+        ServerSilent, match=r"the server did not answer within 0\.2 s without a network"
+    ) as silent:
         dead.wait_ready_inside(0.2)
     assert silent.value.details == "booting"
     dead.engine = fake(state(running=True))
@@ -286,7 +342,9 @@ def test_the_containers_of_killed_smoke_tests_are_removed_and_no_others(
     assert [line.split()[5] for line in log(engine)[1:]] == [f"{PREFIX}-41-abc", f"{PREFIX}-43-abc"]
     assert remove_leftovers(engine, whose=42) == 1
     assert log(engine)[-1].split()[5] == f"{PREFIX}-42-abc"
-    assert log(engine)[0].startswith(f"ps --all --filter label={PREFIX}={container._here()} --format ")
+    assert log(engine)[0].startswith(
+        f"ps --all --filter label={PREFIX}={container._here()} --format "
+    )
 
 
 def test_who_is_alive() -> None:

@@ -9,10 +9,18 @@ from typing import Any
 
 import pytest
 
-from pipeline import contents, diff, host, process
-from pipeline.engine import Engine
-from pipeline.errors import ContentsUnreadable, DiskFull, NoSuchImage, NotTheSame, PipelineError, SbomFailed
-from pipeline.settings import Settings
+from pipeline.core import process
+from pipeline.core.errors import (
+    ContentsUnreadable,
+    DiskFull,
+    NoSuchImage,
+    NotTheSame,
+    PipelineError,
+    SbomFailed,
+)
+from pipeline.core.settings import Settings
+from pipeline.engines.engine import Engine
+from pipeline.image import contents, diff
 
 ENGINE = Engine("docker", "/d", "20.10")
 
@@ -20,7 +28,11 @@ INSIDE: dict[str, Any] = {
     "system": "Debian GNU/Linux 12 (bookworm), 12.15",
     "debian": "12",
     "node": "v20.1.0",
-    "packages": {"debian": {"git": ["1:2", 9_000_000, "git", "1:2"]}, "npm": {"zod": ["4", 5]}, "python": {}},
+    "packages": {
+        "debian": {"git": ["1:2", 9_000_000, "git", "1:2"]},
+        "npm": {"zod": ["4", 5]},
+        "python": {},
+    },
 }
 FILES = {
     "/opt": ["drwxr-xr-x", "0:0", 0, 1, ""],
@@ -31,7 +43,12 @@ FILES = {
 
 
 def image(*layers: str, name: str = "i", **config: Any) -> dict[str, Any]:
-    return {"Id": f"sha256:{name}", "Size": 750_000_000, "RootFS": {"Layers": list(layers)}, "Config": config}
+    return {
+        "Id": f"sha256:{name}",
+        "Size": 750_000_000,
+        "RootFS": {"Layers": list(layers)},
+        "Config": config,
+    }
 
 
 class Images:
@@ -50,7 +67,9 @@ class Images:
         elif argv[1] == "run":
             self.looked.append(argv)
             name = next(word for word in argv if word.startswith("sha256:")).removeprefix("sha256:")
-            out = json.dumps({**self.inside[name], **({"files": FILES} if argv[-1] == "files" else {})})
+            out = json.dumps(
+                {**self.inside[name], **({"files": FILES} if argv[-1] == "files" else {})}
+            )
         elif argv[0].endswith("syft"):
             Path(argv[-1].removeprefix("spdx-json=")).write_text("{}")
         word = "syft" if argv[0].endswith("syft") else argv[1]
@@ -62,7 +81,7 @@ class Images:
 def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Images]:
     monkeypatch.setattr(contents, "BUILD", tmp_path)
     monkeypatch.setattr(diff, "BUILD", tmp_path)
-    monkeypatch.setattr(host, "ensure_dev_tools", lambda: None)
+    monkeypatch.setattr(contents, "ensure_dev_tools", lambda: None)
 
     def images(**images: dict[str, Any]) -> Images:
         made = Images(**images)
@@ -72,62 +91,45 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Images
     return images
 
 
-def test_an_image_is_looked_into_by_its_own_python_without_a_network(use: Callable[..., Images]) -> None:
+def test_an_image_is_looked_into_by_its_own_python_without_a_network(
+    use: Callable[..., Images],
+) -> None:
     images = use(i=image("a"))
-    assert contents.look(ENGINE, image("a")) == INSIDE
-    assert contents.look(ENGINE, image("a"), files=True)["files"] == FILES
+    assert contents.read(ENGINE, image("a")) == INSIDE
+    assert contents.read(ENGINE, image("a"), files=True)["files"] == FILES
     [argv, _] = images.looked
     name = argv[argv.index("--name") + 1]
     assert name.startswith("opencode-server-contents-")
     assert argv == [
         *("/d", "run", "--rm", "--name", name, "--network", "none"),
-        *("--cap-drop", "all", "--cap-add", "DAC_READ_SEARCH", "--user", "0", "--no-healthcheck"),
-        *("--entrypoint", "/usr/bin/python3", "sha256:i", "-S", "-I", "-c", contents.INVENTORY),
+        *("--user", "0", "--cap-drop", "all", "--cap-add", "DAC_READ_SEARCH"),
+        *("--no-healthcheck", "--entrypoint", "/usr/bin/python3"),
+        *("sha256:i", "-S", "-I", "-c", contents.INVENTORY),
     ]
 
 
 def test_one_that_cannot_be_looked_into_is_named(use: Callable[..., Images]) -> None:
     images = use(i=image("a"))
     images.failing["run"] = "exec: /usr/bin/python3: not found"
-    with pytest.raises(ContentsUnreadable, match="docker cannot look into sha256:i"):
-        contents.look(ENGINE, image("a"))
+    with pytest.raises(ContentsUnreadable, match="docker cannot read the contents of i"):
+        contents.read(ENGINE, image("a"))
     with pytest.raises(NoSuchImage, match="docker has no image nobody"):
         contents.find(ENGINE, "nobody", "opencode-server")
 
 
-def test_a_bare_word_is_a_tag_of_ours_before_it_is_another_image(use: Callable[..., Images]) -> None:
-    use(**{"ours:one": image("a", name="ours"), "one": image("a", name="another"), "two": image("a", name="two")})
-    assert [contents.find(ENGINE, word, "ours")["Id"][7:] for word in ("one", "two", "one:latest")] == [
-        *("ours", "two", "another")
-    ]
-
-
-def test_each_build_writes_a_manifest_and_looks_only_at_what_is_new(use: Callable[..., Images], tmp_path: Path) -> None:
-    images = use(runtime=image("a", "b", name="runtime"))
-
-    def keep(*layers: str, last_stage: str = "COPY run /\n") -> dict[str, Any]:
-        labels = {"opencode-server.openagents.kind": "starter", "other": "x"}
-        contents.keep(ENGINE, image(*layers, name="built", Labels=labels), "runtime", last_stage)
-        said: dict[str, Any] = json.loads((tmp_path / "contents-docker.json").read_text())
-        return said
-
-    said = keep("a", "b", "1")
-    assert said.items() >= INSIDE.items()
-    assert (said["id"], said["engine"], said["bytes"]) == ("built", "docker", 750_000_000)
-    assert said["openagents"] == {"kind": "starter"}
-    assert said["layers"] == ["a", "b"]
-    assert keep("a", "b", "2") == said
-    assert len(images.looked) == 1, "an edit changes the last layers only"
-
-    images.images["runtime"] = image("a", "c", name="runtime")
-    assert keep("a", "c", "2")["layers"] == ["a", "c"]
-    assert len(images.looked) == 2
-
-    images.inside["built"] = INSIDE
-    assert keep("a", "c", "3", last_stage="COPY x y\n run apt-get install x\n")["layers"] == ["a", "c", "3"]
-    assert "sha256:built" in images.looked[2], "a RUN in the last stage may install anything"
-    keep("a", "c", "3", last_stage="RUN apt-get install x\n")
-    assert len(images.looked) == 3
+def test_a_bare_word_is_a_tag_of_ours_before_it_is_another_image(
+    use: Callable[..., Images],
+) -> None:
+    use(
+        **{
+            "ours:one": image("a", name="ours"),
+            "one": image("a", name="another"),
+            "two": image("a", name="two"),
+        }
+    )
+    assert [
+        contents.find(ENGINE, word, "ours")["Id"][7:] for word in ("one", "two", "one:latest")
+    ] == [*("ours", "two", "another")]
 
 
 def test_the_bill_of_materials_is_syfts(use: Callable[..., Images], tmp_path: Path) -> None:
@@ -142,7 +144,8 @@ def test_the_bill_of_materials_is_syfts(use: Callable[..., Images], tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("said", "failure"), [("could not parse", SbomFailed), ("write /tmp/x: no space left on device", DiskFull)]
+    ("said", "failure"),
+    [("could not parse", SbomFailed), ("write /tmp/x: no space left on device", DiskFull)],
 )
 def test_a_bill_that_cannot_be_written_is_named_and_the_last_one_stays(
     use: Callable[..., Images], tmp_path: Path, said: str, failure: type[PipelineError]
@@ -155,7 +158,12 @@ def test_a_bill_that_cannot_be_written_is_named_and_the_last_one_stays(
     assert [path.read_text() for path in tmp_path.iterdir()] == ["the last one"]
 
 
-BEFORE = image("a", Env=["PATH=/bin", "OLD=1", "A=b=c"], Labels={"org.opencontainers.image.created": "1"}, Cmd=["x"])
+BEFORE = image(
+    "a",
+    Env=["PATH=/bin", "OLD=1", "A=b=c"],
+    Labels={"org.opencontainers.image.created": "1"},
+    Cmd=["x"],
+)
 BEFORE_INSIDE = {**INSIDE, "files": FILES}
 
 
@@ -171,10 +179,20 @@ def test_two_images_that_are_the_same() -> None:
 
 
 def test_what_differs() -> None:
-    after = image("a", Env=["PATH=/usr/bin", "A=b=c"], Labels=None, Entrypoint=["tini"], ExposedPorts={"1/tcp": {}})
+    after = image(
+        "a",
+        Env=["PATH=/usr/bin", "A=b=c"],
+        Labels=None,
+        Entrypoint=["tini"],
+        ExposedPorts={"1/tcp": {}},
+    )
     after |= {"Size": 751_000_000, "Healthcheck": {"Test": ["CMD", "x"]}}
     later = deepcopy(BEFORE_INSIDE)
-    later["packages"] |= {"debian": {"git": ["1:3", 9_000_001, "git", "1:3"]}, "npm": {}, "python": {"redis": ["8", 7]}}
+    later["packages"] |= {
+        "debian": {"git": ["1:3", 9_000_001, "git", "1:3"]},
+        "npm": {},
+        "python": {"redis": ["8", 7]},
+    }
     later["files"] = {
         "/opt": FILES["/opt"],
         "/opt/a": ["-rw-------", "1:0", 12, 2, "cc"],
@@ -193,7 +211,11 @@ def test_what_differs() -> None:
         ("healthcheck", "", '{"Test": ["CMD", "x"]}'),
         ("label org.opencontainers.image.created", "1", ""),
     ]
-    assert found.packages == [("debian git", "1:2", "1:3", 1), ("npm zod", "4", "", -5), ("python redis", "", "8", 7)]
+    assert found.packages == [
+        ("debian git", "1:2", "1:3"),
+        ("npm zod", "4", ""),
+        ("python redis", "", "8"),
+    ]
     assert found.files == {
         "/opt/a": ("mode, owner, content", 2),
         "/opt/link": ("content", 0),
@@ -205,32 +227,37 @@ def test_what_differs() -> None:
 def test_it_fits_a_screen_and_all_of_it_is_written(
     use: Callable[..., Images], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    images = use(one=image("a", name="one"), two=image("b", name="two", Env=[f"V{n}=1" for n in range(40)]))
-    images.inside["two"] = {**INSIDE, "packages": {**INSIDE["packages"], "npm": {f"p{n}": ["1", n] for n in range(40)}}}
+    images = use(
+        one=image("a", name="one"), two=image("b", name="two", Env=[f"V{n}=1" for n in range(40)])
+    )
+    images.inside["two"] = {
+        **INSIDE,
+        "packages": {**INSIDE["packages"], "npm": {f"p{n}": ["1", n] for n in range(40)}},
+    }
     diff.diff(Settings(), ENGINE, "one", "two")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 50
-    assert "diff: one 750.0 MB -> two 750.0 MB (+0.0 MB)" in lines
+    assert lines[:2] == ["diff: one -> two", "750.0 MB -> 750.0 MB (+0.0 MB)"]
     assert "and 28 more in build/diff.json" in lines
     written = json.loads((tmp_path / "diff.json").read_text())
     assert (len(written["settings"]), len(written["packages"])) == (40, 41)
     with pytest.raises(NotTheSame, match="one and two differ"):
         diff.diff(Settings(), ENGINE, "one", "two", same=True)
     diff.diff(Settings(), ENGINE, "one", "one", same=True)
-    assert capsys.readouterr().out.endswith("the same content and settings; 0 files differ in their times\n")
+    assert capsys.readouterr().out.endswith(
+        "the content and the settings are the same\n0 files differ in their times\n"
+    )
 
 
 def test_every_file_is_named_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
-    files = {f"/opt/venv/{n}": ("new", 1000) for n in range(40)}
-    found = diff.Difference((1, 1), files=files, times=["/opt"])
-    diff.show(found, "a", "b")
-    short = capsys.readouterr().out
-    assert ["/opt/venv", "40", "0", "0", "+0.04"] in [line.split() for line in short.splitlines()]
-    diff.show(found, "a", "b", every=True)
-    out = capsys.readouterr().out
-    assert [line.split() for line in out.splitlines()[1:3]] == [
-        ["new", "+1,000", "/opt/venv/0"],
-        ["new", "+1,000", "/opt/venv/1"],
-    ]
-    assert "time             +0  /opt\n" in out
-    assert "1 files differ in their times" in out
+    files = {f"/opt/venv/{n}": ("new", 1000 * n) for n in range(40)}
+    found = diff.Difference((1, 1), [], [], files=files, times=["/opt"])
+    diff.show(found)
+    short = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "/opt/venv/39 new +39,000" in short, "the largest first"
+    assert "and 28 more in build/diff.json" in short
+    diff.show(found, every=True)
+    every = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert {f"/opt/venv/{n} new {1000 * n:+,d}" for n in range(40)} <= set(every)
+    assert "time /opt" in every
+    assert "1 files differ in their times" in every

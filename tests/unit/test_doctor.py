@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
-from pipeline import ca, doctor, engine
-from pipeline.engine import Engine
-from pipeline.errors import EngineBroken, LockBroken, NoEngine
-from pipeline.settings import Settings, load
+from pipeline.core.errors import EngineBroken, LockBroken, NoEngine
+from pipeline.core.settings import Settings, load
+from pipeline.engines import detect
+from pipeline.engines.engine import Engine
+from pipeline.host import doctor
+from pipeline.inputs import ca
+from pipeline.inputs.rootfs import Lock
 
 HERE = Engine("podman", "/usr/bin/podman", "4.3.1")
 PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
@@ -24,21 +27,27 @@ def settings() -> Settings:
 
 
 def stub_engines(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    def look(name: str) -> tuple[Engine | None, list[str]]:
-        return (HERE, []) if name in names else (None, [f"/usr/bin/{name}: no daemon answers"])
+    def answering(name: str) -> Engine:
+        if name in names:
+            return HERE
+        raise NoEngine(f"/usr/bin/{name}: no daemon answers", "")
 
-    monkeypatch.setattr(engine, "look", look)
-    monkeypatch.setattr(engine, "prove", lambda found: found)
-    monkeypatch.setattr(engine, "adapt", None)  # what was remembered may have broken since
+    monkeypatch.setattr(detect, "answering", answering)
+    monkeypatch.setattr(detect, "prove", lambda found: found)
+    monkeypatch.setattr(detect, "remembered", None)  # a remembered engine may be broken by now
 
 
 def test_a_client_without_a_daemon_is_only_a_warning_beside_an_engine_that_works(
     monkeypatch: pytest.MonkeyPatch, settings: Settings
 ) -> None:
     stub_engines(monkeypatch, "podman")
-    working, rows = doctor.look_at_engines(settings)
+    working, rows = doctor.check_engines(settings)
     assert working == [HERE]
-    assert [(row.what, row.state) for row in rows] == [("python", "ok"), ("podman", "ok"), ("docker", "warn")]
+    assert [(row.what, row.state) for row in rows] == [
+        ("python", "ok"),
+        ("podman", "ok"),
+        ("docker", "warn"),
+    ]
     assert rows[2].detail == "/usr/bin/docker: no daemon answers"
     assert "start its daemon" in rows[2].remedy
 
@@ -49,7 +58,7 @@ def test_no_engine_is_a_failure_and_the_table_comes_first(
     stub_engines(monkeypatch)
     quiet = doctor.Row("x", "ok", "")
     for question in ("registry", "git_host", "npm", "pypi", "debian"):
-        monkeypatch.setattr(doctor, question, lambda *_: [quiet])
+        monkeypatch.setattr(doctor, question, lambda *_: quiet)
     with pytest.raises(NoEngine) as none:
         doctor.doctor(settings)
     assert none.value.code == 12
@@ -58,23 +67,27 @@ def test_no_engine_is_a_failure_and_the_table_comes_first(
 
 def test_an_engine_that_the_settings_exclude_is_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     stub_engines(monkeypatch, "podman")
-    working, rows = doctor.look_at_engines(load({"engine": "docker"}, {}))
+    working, rows = doctor.check_engines(load({"engine": "docker"}, {}))
     assert working == []
     assert [row.state for row in rows if row.what == "docker"] == ["FAIL"]
 
 
-def test_an_engine_that_starts_nothing_says_why(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
+def test_an_engine_that_starts_nothing_says_why(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings
+) -> None:
     def prove(_found: Engine) -> Engine:
-        raise EngineBroken("cannot start a container", "Install runc.", "first line\ncrun: cgroups")
+        raise EngineBroken("cannot start a container: crun: cgroups", "Install runc.")
 
     stub_engines(monkeypatch, "podman")
-    monkeypatch.setattr(engine, "prove", prove)
-    row = doctor.look_at_engines(settings)[1][1]
-    assert row == doctor.Row("podman", "FAIL", "cannot start a container crun: cgroups", "Install runc.")
+    monkeypatch.setattr(detect, "prove", prove)
+    row = doctor.check_engines(settings)[1][1]
+    assert row == doctor.Row(
+        "podman", "FAIL", "cannot start a container: crun: cgroups", "Install runc."
+    )
 
 
 @pytest.mark.parametrize(("free", "state"), [(5e9, "warn"), (7e9, "ok")])
-def test_space_is_asked_once_a_file_system(
+def test_free_space_of_every_place_that_a_build_writes_to(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: float, state: str
 ) -> None:
     class Usage:
@@ -84,15 +97,16 @@ def test_space_is_asked_once_a_file_system(
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _path: Usage())  # type: ignore[attr-defined]
     monkeypatch.setattr(doctor, "ROOT", tmp_path)
     monkeypatch.setattr(doctor.tempfile, "gettempdir", lambda: str(tmp_path))  # type: ignore[attr-defined]
-    (row,) = doctor.space([Engine("podman", "podman", "4", store=str(tmp_path))])
+    row = doctor.space([Engine("podman", "podman", "4", store=str(tmp_path))])
     assert row.state == state
-    assert row.detail == f"{free / 1e9:.1f} GB free for podman, repository, temporary files"
+    each = f"{free / 1e9:.1f} GB for"
+    assert row.detail == f"{each} repository, {each} temporary files, {each} podman"
 
 
-def test_missing_programs_are_warnings_with_a_remedy() -> None:
-    rows = doctor.programs({"PATH": "/nonexistent"})
-    assert [(row.what, row.state) for row in rows] == [("git", "warn"), ("npm", "warn"), ("mmdebstrap", "warn")]
-    assert all(row.remedy for row in rows)
+def test_a_missing_program_is_a_warning_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    row = doctor.program("git", "Install git.")
+    assert row == ("git", "warn", "not installed", "Install git.")
 
 
 @pytest.mark.parametrize(
@@ -100,29 +114,37 @@ def test_missing_programs_are_warnings_with_a_remedy() -> None:
     [
         (PEM, "ok", ": 1 certificates, 1 of them not public"),
         (PUBLIC, "ok", ", 0 of them not public"),
-        ("", "FAIL", ", which holds no PEM certificate"),
+        ("", "FAIL", ": the file has no PEM certificate"),
     ],
 )
 def test_a_bundle_is_counted(
-    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, text: str, state: str, detail: str
+    tmp_path: Path,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    state: str,
+    detail: str,
 ) -> None:
     (tmp_path / "Public.crt").write_text(PUBLIC)
     monkeypatch.setattr(ca, "PUBLIC", tmp_path)
     bundle = tmp_path / "ca.pem"
     bundle.write_text(text)
-    (row,) = doctor.authorities(settings, {"SSL_CERT_FILE": str(bundle)})
+    row = doctor.answer(lambda: doctor.authorities(settings, {"SSL_CERT_FILE": str(bundle)}))
     assert row.state == state
-    assert row.detail.startswith(f"SSL_CERT_FILE names {bundle}")
+    assert row.detail.startswith(f"{bundle} (from SSL_CERT_FILE)") or state == "FAIL"
     assert row.detail.endswith(detail)
 
 
 def test_a_bundle_that_is_not_there(settings: Settings) -> None:
-    (row,) = doctor.authorities(settings, {"PIP_CERT": "/nonexistent.pem"})
-    assert (row.state, row.detail) == ("FAIL", "PIP_CERT names /nonexistent.pem, which cannot be read")
+    row = doctor.answer(lambda: doctor.authorities(settings, {"PIP_CERT": "/nonexistent.pem"}))
+    assert (row.state, row.detail) == (
+        "FAIL",
+        "PIP_CERT=/nonexistent.pem: the file cannot be read",
+    )
 
 
 def test_no_bundle_is_fine(settings: Settings) -> None:
-    assert doctor.authorities(settings, {})[0].state == "ok"
+    assert doctor.authorities(settings, {}).state == "ok"
 
 
 def test_a_taken_port_is_seen_and_a_free_one() -> None:
@@ -130,23 +152,28 @@ def test_a_taken_port_is_seen_and_a_free_one() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         number = taken.getsockname()[1]
-        assert doctor.port(number)[0].state == "warn"
-    assert doctor.port(number)[0].state == "ok"
+        assert doctor.port(number).state == "warn"
+    assert doctor.port(number).state == "ok"
 
 
 def test_a_question_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "SECONDS", 0.2)
     began = time.monotonic()
-    row = doctor._ask("slow", [sys.executable, "-c", "import time; time.sleep(60)"], "Wait.")
+    row = doctor.ask("slow", [sys.executable, "-c", "import time; time.sleep(60)"], "Wait.")
     assert row == doctor.Row("slow", "FAIL", "no answer within 0.2 s", "Wait.")
     assert time.monotonic() - began < 10
 
 
 def test_an_answer_a_refusal_and_a_missing_tool() -> None:
-    assert doctor._ask("x", [sys.executable, "-c", ""], "Mend it.").state == "ok"
+    assert doctor.ask("x", [sys.executable, "-c", ""], "Mend it.").state == "ok"
     refusal = "import sys; sys.exit('first\\nlast')"
-    assert doctor._ask("x", [sys.executable, "-c", refusal], "Mend it.") == ("x", "FAIL", "last", "Mend it.")
-    assert doctor._ask("x", ["/nonexistent/tool"], "Mend it.").state == "warn"
+    assert doctor.ask("x", [sys.executable, "-c", refusal], "Mend it.") == (
+        "x",
+        "FAIL",
+        "last",
+        "Mend it.",
+    )
+    assert doctor.ask("x", ["/nonexistent/tool"], "Mend it.").state == "warn"
 
 
 def test_the_registry_is_asked_as_the_engine_would(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,28 +183,36 @@ def test_the_registry_is_asked_as_the_engine_would(monkeypatch: pytest.MonkeyPat
         seen.append(args)
         return doctor.Row("x", "ok", "")
 
-    monkeypatch.setattr(doctor, "_ask", ask)
+    monkeypatch.setattr(doctor, "ask", ask)
     doctor.registry("", [HERE])
     doctor.registry("registry.example/library/node", [HERE])
-    digest = doctor.base.Lock.read().digest  # type: ignore[attr-defined]
-    assert seen[0][:2] == ("Docker Hub", ["/usr/bin/podman", "manifest", "inspect", f"node@{digest}"])
+    digest = Lock.read().digest
+    assert seen[0][:2] == (
+        "Docker Hub",
+        ["/usr/bin/podman", "manifest", "inspect", f"node@{digest}"],
+    )
     assert seen[1][1][-1] == f"registry.example/library/node@{digest}"
-    assert doctor.registry("", [])[0].detail == "unknown: no engine to ask with"
+    assert doctor.registry("", []).detail == "not checked: no engine works"
 
 
 def test_a_broken_lock_is_a_row() -> None:
-    def question() -> list[doctor.Row]:
+    def question() -> doctor.Row:
         raise LockBroken("base.json: cut short", "git checkout locks")
 
-    assert doctor._answer(question) == [("LockBroken", "FAIL", "base.json: cut short", "git checkout locks")]
+    assert doctor.answer(question) == (
+        "LockBroken",
+        "FAIL",
+        "base.json: cut short",
+        "git checkout locks",
+    )
 
 
 def test_a_mirror_of_ones_own_is_asked_itself() -> None:
-    (row,) = doctor.debian(load({"base": {"debian_mirror": "http://127.0.0.1:9/debian"}}, {}))
+    row = doctor.debian(load({"base": {"debian_mirror": "http://127.0.0.1:9/debian"}}, {}))
     assert row.state == "FAIL"
     assert row.detail.startswith("http://127.0.0.1:9/debian: ")
 
 
 def test_the_git_host_of_the_settings_is_asked(tmp_path: Path) -> None:
-    row = doctor.git_host(load({"openagents": {"url": str(tmp_path / "none.git")}}, {}))[0]
+    row = doctor.git_host(load({"openagents": {"url": str(tmp_path / "none.git")}}, {}))
     assert (row.what, row.state) == ("git host", "warn")

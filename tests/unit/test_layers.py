@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from pipeline import ca, layers, process
-from pipeline.engine import Engine
-from pipeline.errors import DiskFull, EngineBroken, PipelineError
-from pipeline.layers import Findings, look, secrets_in
+from pipeline.core import process
+from pipeline.core.errors import DiskFull, EngineBroken, PipelineError
+from pipeline.engines.engine import Engine
+from pipeline.image import secret_scan
+from pipeline.image.secret_scan import Findings, scan, secrets_in
+from pipeline.inputs import ca
 
 
 def certificate(text: str) -> str:
@@ -76,12 +78,15 @@ HARMLESS = {
     "opt/docs.txt": f"AKIA{'IOSFODNN7'}EXAMPLE, ghp_short, npm_config_cache, sk-proj-x",
     "usr/share/ca-certificates/mozilla/Public.crt": PUBLIC,
     "etc/ssl/certs/ca-certificates.crt": PUBLIC,
-    "opt/venv/lib/python3.11/site-packages/certifi/cacert.pem": PUBLIC + certificate("another public one"),
+    "opt/venv/lib/python3.11/site-packages/certifi/cacert.pem": PUBLIC
+    + certificate("another public one"),
     "usr/lib/binary": "\0" + key(),
     "opt/gitignore": ".git",
     "app/code": "token = base64.b64encode(x); api_key = os.environ['API_KEY']; password: your-password-here",
     "opt/venv/settings.py": 'API_KEY = "a1b2c3d4e5f6a7b8"',
-    "opt/hashes": "K005" + "aB1/" * 10 + " sk-learn-something-that-is-long-enough-to-look-like-a-key DD_API_KEY=",
+    "opt/hashes": "K005"
+    + "aB1/" * 10
+    + " sk-learn-something-that-is-long-enough-to-look-like-a-key DD_API_KEY=",
 }
 
 
@@ -92,26 +97,28 @@ def plant(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def in_directory(root: Path) -> Iterator[layers.Entry]:
-    return layers._in_directory(root)
+def in_directory(root: Path) -> Iterator[secret_scan.Entry]:
+    return secret_scan._in_directory(root)
 
 
-def in_tar(root: Path) -> Iterator[layers.Entry]:
+def in_tar(root: Path) -> Iterator[secret_scan.Entry]:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as made:
         made.add(root, arcname=".")
     stream.seek(0)
     with tarfile.open(fileobj=stream) as layer:
-        yield from layers._in_tar(layer)
+        yield from secret_scan._in_tar(layer)
 
 
 @pytest.fixture(params=[in_directory, in_tar], ids=["directory", "tar"])
-def entries(request: pytest.FixtureRequest) -> Callable[[Path], Iterator[layers.Entry]]:
+def entries(request: pytest.FixtureRequest) -> Callable[[Path], Iterator[secret_scan.Entry]]:
     return request.param  # type: ignore[no-any-return]
 
 
-def test_every_canary_is_found(tmp_path: Path, entries: Callable[[Path], Iterator[layers.Entry]]) -> None:
-    found = look(entries(plant(tmp_path, CANARIES | HARMLESS))).secrets
+def test_every_canary_is_found(
+    tmp_path: Path, entries: Callable[[Path], Iterator[secret_scan.Entry]]
+) -> None:
+    found = scan(entries(plant(tmp_path, CANARIES | HARMLESS))).secrets
     assert sorted(found) == sorted(
         [
             "root/.ssh/id_ed25519",
@@ -138,20 +145,26 @@ def test_every_canary_is_found(tmp_path: Path, entries: Callable[[Path], Iterato
     )
 
 
-def test_a_clean_tree_is_clean(tmp_path: Path, entries: Callable[[Path], Iterator[layers.Entry]]) -> None:
+def test_a_clean_tree_is_clean(
+    tmp_path: Path, entries: Callable[[Path], Iterator[secret_scan.Entry]]
+) -> None:
     plant(tmp_path, HARMLESS)
     (tmp_path / "dangling").symlink_to("/nowhere/.env.not")
     (tmp_path / "loop").symlink_to(tmp_path)
-    findings = look(entries(tmp_path))
+    findings = scan(entries(tmp_path))
     assert findings.secrets == []
-    assert sorted(findings.certificates) == sorted(path for path, text in HARMLESS.items() if "CERTIFICATE" in text)
+    assert sorted(findings.certificates) == sorted(
+        path for path, text in HARMLESS.items() if "CERTIFICATE" in text
+    )
 
 
-def test_a_file_too_large_to_be_a_key_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_too_large_to_be_a_key_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plant(tmp_path, {"big.log": key()})
-    assert look(in_directory(tmp_path)).secrets
-    monkeypatch.setattr(layers, "TEXT_LIMIT", 50)
-    assert look(in_directory(tmp_path)) == Findings()
+    assert scan(in_directory(tmp_path)).secrets
+    monkeypatch.setattr(secret_scan, "TEXT_LIMIT", 50)
+    assert scan(in_directory(tmp_path)) == Findings()
 
 
 def test_only_the_beginning_of_a_secret_is_shown() -> None:
@@ -176,7 +189,9 @@ class Archive(Engine):
         if argv[1] == "save":
             assert self.saved
             shutil.copy(self.saved, argv[argv.index("--output") + 1])
-        return process.Completed(tuple(argv), 0, self.history if argv[1] == "history" else "", "", 0.0)
+        return process.Completed(
+            tuple(argv), 0, self.history if argv[1] == "history" else "", "", 0.0
+        )
 
 
 def image(*directories: Path, digests: int, **config: Any) -> dict[str, Any]:
@@ -193,49 +208,55 @@ def image(*directories: Path, digests: int, **config: Any) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(layers, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(secret_scan, "BUILD", tmp_path / "build")
     return tmp_path / "build"
 
 
-def test_a_layer_is_looked_at_once(tmp_path: Path, build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_is_looked_at_once(
+    tmp_path: Path, build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     low, high = plant(tmp_path / "low", HARMLESS), plant(tmp_path / "high", {"app/.env": "A=1"})
     engine = Archive("podman", "/p", "4")
     subject = image(low, high, digests=2)
     faults = ["/app/.env"]
-    assert layers.check(engine, subject, {}) == (faults, 2)
+    assert secret_scan.check(engine, subject, {}) == (faults, 2)
     kept = json.loads((build / "layers.json").read_text())["layers"]
     assert kept["sha256:1"]["secrets"] == ["app/.env"]
     assert kept["sha256:0"]["secrets"] == []
     (high / "app" / ".env").unlink()
-    assert layers.check(engine, subject, {}) == (faults, 2)
-    monkeypatch.setattr(layers, "RULES", "other rules")
-    assert layers.check(engine, subject, {}) == ([], 2)
-    monkeypatch.setattr(layers, "KEPT", 2)
+    assert secret_scan.check(engine, subject, {}) == (faults, 2)
+    monkeypatch.setattr(secret_scan, "RULES", "other rules")
+    assert secret_scan.check(engine, subject, {}) == ([], 2)
     subject["RootFS"]["Layers"] = ["sha256:2", "sha256:0"]
-    assert layers.check(engine, subject, {}) == ([], 2)
-    assert list(json.loads((build / "layers.json").read_text())["layers"]) == ["sha256:2", "sha256:0"], (
-        "the newest stay"
-    )
+    assert secret_scan.check(engine, subject, {}) == ([], 2)
+    known = json.loads((build / "layers.json").read_text())["layers"]
+    assert list(known) == ["sha256:2", "sha256:0"], "only those of the last image are kept"
     (build / "layers.json").write_text('{"rules": "other ru')  # torn: they are looked at again
-    assert layers.check(engine, subject, {}) == ([], 2)
+    assert secret_scan.check(engine, subject, {}) == ([], 2)
     assert json.loads((build / "layers.json").read_text())["rules"] == "other rules"
     assert engine.asked == ["history"] * 5
 
 
 def test_a_ca_of_this_network_is_found_wherever_it_is(tmp_path: Path) -> None:
     system = plant(tmp_path / "system", HARMLESS)
-    bundle = plant(tmp_path / "bundle", {"etc/ssl/certs/ca-certificates.crt": PUBLIC + OFFICE, "tmp/ca.pem": PUBLIC})
+    bundle = plant(
+        tmp_path / "bundle",
+        {"etc/ssl/certs/ca-certificates.crt": PUBLIC + OFFICE, "tmp/ca.pem": PUBLIC},
+    )
     engine = Archive("podman", "/p", "4")
     subject = image(system, bundle, digests=2)
-    faults, _ = layers.check(engine, subject, EXTRA)
+    faults, _ = secret_scan.check(engine, subject, EXTRA)
     assert faults == ["/etc/ssl/certs/ca-certificates.crt holds a CA of this network"]
     # One that the image's own Debian package carries is public, however old the list here is.
-    assert layers.check(engine, subject, ca.certificates(PUBLIC)) == ([], 2)
+    assert secret_scan.check(engine, subject, ca.certificates(PUBLIC)) == ([], 2)
 
 
 def test_where_the_layers_cannot_be_read_the_engine_writes_them_out(tmp_path: Path) -> None:
     outer = tmp_path / "saved.tar"
-    planted = [plant(tmp_path / "a", HARMLESS), plant(tmp_path / "b", {"root/.npmrc": "x", "ca.pem": OFFICE})]
+    planted = [
+        plant(tmp_path / "a", HARMLESS),
+        plant(tmp_path / "b", {"root/.npmrc": "x", "ca.pem": OFFICE}),
+    ]
     with tarfile.open(outer, "w") as saved:
         for number, root in enumerate(planted):
             with tarfile.open(tmp_path / f"{number}.tar", "w") as layer:
@@ -246,7 +267,7 @@ def test_where_the_layers_cannot_be_read_the_engine_writes_them_out(tmp_path: Pa
         member.size = len(manifest)
         saved.addfile(member, io.BytesIO(manifest))
     engine = Archive("docker", "/d", "20", saved=outer)
-    faults, count = layers.check(engine, image(digests=2), EXTRA)
+    faults, count = secret_scan.check(engine, image(digests=2), EXTRA)
     assert (faults, count) == (["/root/.npmrc", "/ca.pem holds a CA of this network"], 2)
     assert engine.asked == ["save", "history"]
 
@@ -255,9 +276,11 @@ def test_where_the_layers_cannot_be_read_the_engine_writes_them_out(tmp_path: Pa
     ("said", "failure"),
     [("write /x: No space left on device", DiskFull), ("Error: layer not known", EngineBroken)],
 )
-def test_an_image_that_cannot_be_written_out_says_why(build: Path, said: str, failure: type[PipelineError]) -> None:
-    with pytest.raises(failure, match="docker cannot write the image out") as caught:
-        layers.check(Archive("docker", "/d", "20", refuses=said), image(digests=2), {})
+def test_an_image_that_cannot_be_written_out_says_why(
+    build: Path, said: str, failure: type[PipelineError]
+) -> None:
+    with pytest.raises(failure, match=r"save --output .* exited with 125") as caught:
+        secret_scan.check(Archive("docker", "/d", "20", refuses=said), image(digests=2), {})
     assert type(caught.value) is failure
     assert caught.value.details == said
     assert not build.exists()
@@ -273,7 +296,10 @@ def test_an_image_that_cannot_be_written_out_says_why(build: Path, said: str, fa
 )
 def test_the_history_is_looked_at_too(tmp_path: Path, history: str, fault: str) -> None:
     engine = Archive("podman", "/p", "4", history=history)
-    assert layers.check(engine, image(plant(tmp_path / "l", HARMLESS), digests=1), {}) == ([fault], 1)
+    assert secret_scan.check(engine, image(plant(tmp_path / "l", HARMLESS), digests=1), {}) == (
+        [fault],
+        1,
+    )
 
 
 @pytest.mark.parametrize(
@@ -282,13 +308,18 @@ def test_the_history_is_looked_at_too(tmp_path: Path, history: str, fault: str) 
         ("|1 NPM_TOKEN=hunter22 /bin/sh -c npm ci", ["NPM_TOKEN="]),
         ('RUN |2 A=1 b2_application_key="x" /bin/sh -c make # buildkit', ["b2_application_key="]),
         ("ENV DB_PASSWORD=letmein A=1", ["DB_PASSWORD="]),
-        ('HEALTHCHECK [ -z "$OPENCODE_SERVER_PASSWORD" ] || curl -u x:$TOKEN --max-tokens=5 KEYS=1', []),
+        (
+            'HEALTHCHECK [ -z "$OPENCODE_SERVER_PASSWORD" ] || curl -u x:$TOKEN --max-tokens=5 KEYS=1',
+            [],
+        ),
         ("RUN export GITHUB_TOKEN=$(cat /t) API_KEY=${KEY} TOKEN= ; login --password-stdin", []),
     ],
 )
-def test_a_name_that_says_so_is_enough_in_the_history(tmp_path: Path, history: str, names: list[str]) -> None:
+def test_a_name_that_says_so_is_enough_in_the_history(
+    tmp_path: Path, history: str, names: list[str]
+) -> None:
     engine = Archive("podman", "/p", "4", history=history)
-    faults, _ = layers.check(engine, image(plant(tmp_path / "l", HARMLESS), digests=1), {})
+    faults, _ = secret_scan.check(engine, image(plant(tmp_path / "l", HARMLESS), digests=1), {})
     assert faults == [f"the history holds {name}…" for name in names]
 
 
@@ -300,6 +331,6 @@ def test_variables_labels_and_commands_are_looked_at_too(tmp_path: Path) -> None
         "Cmd": [TOKENS["openai"]],
     }
     subject = image(plant(tmp_path / "l", HARMLESS), digests=1, **config)
-    faults, _ = layers.check(Archive("podman", "/p", "4"), subject, {})
+    faults, _ = secret_scan.check(Archive("podman", "/p", "4"), subject, {})
     names = ("sk-proj-a1B2", "VALKEY_PASSWORD=", "deploy.token=", "--api-key=")
     assert faults == [f"the configuration holds {name}…" for name in names]

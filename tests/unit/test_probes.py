@@ -12,16 +12,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 
-from pipeline import ca, layers, probes, process
-from pipeline.container import Container, Server
-from pipeline.engine import Engine
-from pipeline.probes import IMAGE_PROBES, OFFLINE_PROBES, PROBES, Subject, Wrong, pinned_version
-from pipeline.settings import ROOT, Settings
+from pipeline.core import process
+from pipeline.core.settings import ROOT, Settings
+from pipeline.engines.container import Container, Server
+from pipeline.engines.engine import Engine
+from pipeline.image import secret_scan
+from pipeline.inputs import ca
+from pipeline.smoke import image_probes
+from pipeline.smoke.image_probes import OFFLINE, READY, STARTING, ImageSubject
+from pipeline.smoke.probe import ProbeFailed
+from pipeline.smoke.server_probes import PROBES, ServerSubject, pinned_version, read_inventory
 from tests.servers import Reply, free_port, http_server
 
 ENGINE = Engine("podman", "/p", "4.3.1")
-ALL = {probe.name: probe for probe in (*PROBES, *IMAGE_PROBES, *OFFLINE_PROBES)}
+ALL = {probe.name: probe for probe in (*PROBES, *STARTING, *READY, *OFFLINE)}
 
 GOOD: dict[str, Any] = {
     "/config": {**json.loads((ROOT / "config.json").read_text()), "username": "root", "agent": {}},
@@ -63,7 +69,9 @@ def answers() -> dict[str, Any]:
 @pytest.fixture
 def server(answers: dict[str, Any]) -> Iterator[Server]:
     def respond(path: str, headers: Mapping[str, str]) -> Reply:
-        if headers.get("Authorization") != SIGNED_IN and path not in answers.get("open", []):
+        credentials = headers.get("Authorization", "")
+        user = base64.b64decode(credentials.removeprefix("Basic ")).decode().partition(":")[0]
+        if credentials != SIGNED_IN and answers.get("open", {}).get(path) != user:
             return 401, b""
         answer = answers.get(path, (404, b"{}"))
         return answer if isinstance(answer, tuple) else (200, json.dumps(answer).encode())
@@ -73,7 +81,9 @@ def server(answers: dict[str, Any]) -> Iterator[Server]:
 
 
 class Inside(Container):
-    """A container in which every command is answered by ``react``: its words to a code and what it prints."""
+    """A container in which every command is answered by ``react``: its words to a code and what it
+    prints.
+    """
 
     react: Callable[[tuple[str, ...]], tuple[int, str]]
 
@@ -90,7 +100,7 @@ def inside(react: Callable[[tuple[str, ...]], tuple[int, str]]) -> Inside:
 
 
 @pytest.fixture
-def subject(server: Server, package: Path) -> Subject:
+def subject(server: Server, package: Path) -> ServerSubject:
     def react(command: tuple[str, ...]) -> tuple[int, str]:
         """Run the inventory for real, on the package of this test."""
         assert command[:3] == ("/usr/bin/python3", "-S", "-c")
@@ -99,7 +109,7 @@ def subject(server: Server, package: Path) -> Subject:
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout
 
-    return Subject(Settings(), server, container=inside(react))
+    return ServerSubject(server, lambda: read_inventory(inside(react)))
 
 
 NATIVE = [{"name": "build", "native": True}]
@@ -108,73 +118,139 @@ NATIVE = [{"name": "build", "native": True}]
 @pytest.mark.parametrize(
     ("name", "good", "path", "bad", "words"),
     [
-        ("config", "carries 4 keys", "/config", {"autoupdate": True}, r"does not carry \$schema, autoupdate, share"),
-        ("config", "carries 4 keys", "/config", (500, b"boom"), "/config answered 500: boom"),
-        ("config", "carries 4 keys", "/config", (200, b"<html>"), "not JSON: '<html>'"),
-        ("health", f"opencode {pinned_version()}", "/global/health", {"healthy": False}, "says {'healthy': False}"),
-        ("health", "healthy", "/global/health", {"healthy": True, "version": "0.0.1"}, "locks/npm pins"),
-        ("agents", "2 agents, with all 2", "/agent", NATIVE, "2 of 2 agents are not listed: Coder, openagent"),
-        ("agents", "2 agents", "/agent", [{"name": "Coder"}], "1 of 2 agents are not listed: openagent"),
+        (
+            "config",
+            "has all 5 settings",
+            "/config",
+            {"autoupdate": True},
+            r"differs from config.json in \$schema, autoupdate, share, permission",
+        ),
+        ("config", "has all 5 settings", "/config", (500, b"boom"), "/config returned 500: boom"),
+        (
+            "health",
+            f"OpenCode {pinned_version()}",
+            "/global/health",
+            {"healthy": False},
+            "returned {'healthy': False}, expected",
+        ),
+        (
+            "health",
+            "healthy",
+            "/global/health",
+            {"healthy": True, "version": "0.0.1"},
+            "returned .*0.0.1.*, expected",
+        ),
+        (
+            "agents",
+            "2 agents, including all 2 of OpenAgents",
+            "/agent",
+            NATIVE,
+            "2 of 2 agents are not listed: Coder, openagent",
+        ),
+        (
+            "agents",
+            "2 agents",
+            "/agent",
+            [{"name": "Coder"}],
+            "1 of 2 agents are not listed: openagent",
+        ),
         (
             "tools",
-            "5 tools, OpenAgents' among them",
+            "5 tools, including all of OpenAgents",
             "/experimental/tool/ids",
             ["bash", "env"],
-            "of gemini, task_list is",
+            "no tool is listed for gemini, task_list",
         ),
         (
             "tools",
             "5 tools",
             "/experimental/tool/ids",
             ["environment", "gemini", "task_list"],
-            "no tool of env is listed",
+            "no tool is listed for env",
         ),
-        ("tools", "5 tools", "/experimental/tool/ids", ["env", "gemini_x", "task"], "no tool of task_list is listed"),
-        ("commands", "with all 1", "/command", [{"name": "init"}], "commands are not listed: context/load"),
+        (
+            "tools",
+            "5 tools",
+            "/experimental/tool/ids",
+            ["env", "gemini_x", "task"],
+            "no tool is listed for task_list",
+        ),
+        (
+            "commands",
+            "including all 1",
+            "/command",
+            [{"name": "init"}],
+            "commands are not listed: context/load",
+        ),
         ("skills", "1 skills", "/skill", [], "skills are not listed: task-management"),
-        ("closed", "401 on each of 6 routes", "open", ["/session/x"], "3 routes: POST /session/.* answered 404"),
     ],
 )
 def test_a_question_to_the_server(
-    subject: Subject, answers: dict[str, Any], name: str, good: str, path: str, bad: Any, words: str
+    subject: ServerSubject,
+    answers: dict[str, Any],
+    name: str,
+    good: str,
+    path: str,
+    bad: Any,
+    words: str,
 ) -> None:
-    assert good in ALL[name].ask(subject)
+    assert good in ALL[name].check(subject)
     answers[path] = bad
-    with pytest.raises(Wrong, match=words):
-        ALL[name].ask(subject)
+    with pytest.raises(ProbeFailed, match=words):
+        ALL[name].check(subject)
 
 
 def test_every_question_to_a_server_has_a_bad_answer_above() -> None:
-    mark = next(mark for mark in test_a_question_to_the_server.pytestmark if mark.name == "parametrize")
-    assert {probe.name for probe in PROBES if probe.needs == "server"} <= {case[0] for case in mark.args[1]}
+    mark = next(
+        mark for mark in test_a_question_to_the_server.pytestmark if mark.name == "parametrize"
+    )
+    assert {probe.name for probe in PROBES} <= {case[0] for case in mark.args[1]}
 
 
-def test_of_a_server_that_is_not_ours_anything_listed_will_do(server: Server, answers: dict[str, Any]) -> None:
-    subject = Subject(Settings(), server)
-    assert ALL["agents"].ask(subject) == "2 agents"
-    assert ALL["tools"].ask(subject) == "5 tools"
+@pytest.mark.parametrize("user", ["", "opencode", "nobody"])
+def test_a_route_that_needs_no_password(server: Server, answers: dict[str, Any], user: str) -> None:
+    container = inside(lambda _: (0, ""))
+    container.server = server
+    subject = ImageSubject(Settings(), IMAGE, container)
+    assert ALL["authentication"].check(subject) == "401 on each of 6 routes"
+    answers["open"] = {"/session/x": user}
+    with pytest.raises(ProbeFailed, match=f"POST /session/.* returned 404 to {user or 'no user'}"):
+        ALL["authentication"].check(subject)
+
+
+def test_of_a_server_that_is_not_ours_anything_listed_will_do(
+    server: Server, answers: dict[str, Any]
+) -> None:
+    subject = ServerSubject(server)
+    assert ALL["agents"].check(subject) == "2 agents, including all 0 of OpenAgents"
+    assert ALL["tools"].check(subject) == "5 tools, including all of OpenAgents"
     answers["/agent"] = NATIVE
-    with pytest.raises(Wrong, match="no agents are listed"):
-        ALL["agents"].ask(subject)
+    with pytest.raises(ProbeFailed, match="no agents are listed"):
+        ALL["agents"].check(subject)
 
 
 def test_a_server_that_is_gone_is_a_wrong_answer() -> None:
-    gone = Subject(Settings(), Server(f"http://127.0.0.1:{free_port()}"))
-    with pytest.raises(Wrong, match="/config: ConnectionError"):
-        ALL["config"].ask(gone)
+    gone = ServerSubject(Server(f"http://127.0.0.1:{free_port()}"))
+    with pytest.raises(requests.ConnectionError):
+        ALL["config"].check(gone)
 
 
 IMAGE: dict[str, Any] = {
     "Id": "sha256:1",
     "Config": {
-        "Env": ["PATH=/opt/venv/bin", *(f"{name}={value}" for name, value in probes.DEFAULTS.items())],
-        "Entrypoint": ["tini", "--", *probes.COMMAND],
+        "Env": [
+            "PATH=/opt/venv/bin",
+            *(f"{name}={value}" for name, value in image_probes.DEFAULTS.items()),
+        ],
+        "Entrypoint": ["tini", "--", *image_probes.COMMAND],
         "ExposedPorts": {"4096/tcp": {}},
         "Labels": {
-            **{f"org.opencontainers.image.{name}": "x" for name in probes.LABELS},
-            **dict.fromkeys((f"opencode-server.openagents.{name}" for name in ("kind", "source", "commit")), "x"),
+            **dict.fromkeys(image_probes.LABELS, "x"),
         },
-        "Healthcheck": {**probes.HEALTHCHECK, "Test": ["CMD-SHELL", f"[ -z x ] || y; {probes.HEALTH_COMMAND}"]},
+        "Healthcheck": {
+            **image_probes.HEALTHCHECK,
+            "Test": ["CMD-SHELL", f"[ -z x ] || y; {image_probes.HEALTH_COMMAND}"],
+        },
     },
 }
 
@@ -182,16 +258,41 @@ IMAGE: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("name", "key", "value", "words"),
     [
-        ("settings", "Env", ["FALKORDB_HOST=elsewhere"], "FALKORDB_HOST; FALKORDB_PORT; VALKEY_HOST"),
-        ("settings", "Env", [*IMAGE["Config"]["Env"], "OPENCODE_SERVER_PASSWORD=x"], "PASSWORD is baked in"),
+        (
+            "settings",
+            "Env",
+            ["FALKORDB_HOST=elsewhere"],
+            "FALKORDB_HOST; FALKORDB_PORT; VALKEY_HOST",
+        ),
+        (
+            "settings",
+            "Env",
+            [*IMAGE["Config"]["Env"], "OPENCODE_SERVER_PASSWORD=x"],
+            "PASSWORD is set in the image",
+        ),
         ("settings", "Entrypoint", ["opencode"], "ENTRYPOINT"),
         ("settings", "Cmd", ["--port", "1"], "ENTRYPOINT"),
         ("settings", "ExposedPorts", None, "EXPOSE"),
-        ("labels", "Labels", None, r"no label org\.opencontainers\.image\.title"),
-        ("labels", "Labels", {**IMAGE["Config"]["Labels"], "opencode-server.openagents.commit": ""}, "commit; build"),
-        ("health check", "Healthcheck", None, "the OCI format, which drops it"),
-        ("health check", "Healthcheck", {**IMAGE["Config"]["Healthcheck"], "Interval": 1}, "with other Interval than"),
-        ("health check", "Healthcheck", {**IMAGE["Config"]["Healthcheck"], "Test": ["true"]}, "with other command"),
+        ("labels", "Labels", None, r"missing labels: org\.opencontainers\.image\.title"),
+        (
+            "labels",
+            "Labels",
+            {**IMAGE["Config"]["Labels"], "opencode-server.openagents.commit": ""},
+            "commit; build",
+        ),
+        ("health check", "Healthcheck", None, "the OCI format drops it"),
+        (
+            "health check",
+            "Healthcheck",
+            {**IMAGE["Config"]["Healthcheck"], "Interval": 1},
+            "differs from the contract: .*'Interval': 1,",
+        ),
+        (
+            "health check",
+            "Healthcheck",
+            {**IMAGE["Config"]["Healthcheck"], "Test": ["true"]},
+            "differs from the contract: .*true",
+        ),
     ],
 )
 def test_a_question_about_the_image(
@@ -204,101 +305,114 @@ def test_a_question_about_the_image(
         return process.Completed(tuple(argv), len(asked) - 1, "", "unhealthy", 0.0)
 
     monkeypatch.setattr(process, "run", run)
-    subject = Subject(Settings(), Server(""), ENGINE, deepcopy(IMAGE), inside(lambda _: (0, "")))
-    assert ALL[name].ask(subject)
+    subject = ImageSubject(Settings(), deepcopy(IMAGE), inside(lambda _: (0, "")))
+    assert ALL[name].check(subject)
     if name == "health check":
         assert asked == [["/p", "healthcheck", "run", "n"]]
-        with pytest.raises(Wrong, match="the health check failed: unhealthy"):
-            ALL[name].ask(subject)
+        with pytest.raises(ProbeFailed, match="the health check failed: unhealthy"):
+            ALL[name].check(subject)
     assert subject.image
     subject.image["Config"][key] = value
-    with pytest.raises(Wrong, match=words):
-        ALL[name].ask(subject)
+    with pytest.raises(ProbeFailed, match=words):
+        ALL[name].check(subject)
 
 
 @pytest.mark.parametrize(
     ("name", "said", "answer", "bad"),
     [
-        ("packages", "/opt/venv 43", "6 import, of 43 in /opt/venv", (0, "/usr 43")),
-        ("packages", "/opt/venv 43", "6 import", (1, "No module named 'httpx'")),
+        ("packages", "/opt/venv 43", "6 can be imported, of 43 in /opt/venv", (0, "/usr 43")),
+        ("packages", "/opt/venv 43", "6 can be imported", (1, "No module named 'httpx'")),
         (
             "programs",
             "rclone v1\nredis-cli 7\ngit version 2\nb2sdk 2\ncron 3\nv20",
-            "rclone v1, redis 7, git 2, b2sdk 2",
+            "rclone v1, redis-cli 7, git version 2, b2sdk 2",
             (127, "x"),
         ),
-        ("status", "{}", "well", (1, "server: down")),
+        ("status", "{}", "healthy", (1, "server: down")),
     ],
 )
-def test_a_question_that_is_asked_inside(name: str, said: str, answer: str, bad: tuple[int, str]) -> None:
-    assert answer in ALL[name].ask(Subject(Settings(), Server(""), ENGINE, IMAGE, inside(lambda _: (0, said))))
-    with pytest.raises(Wrong):
-        ALL[name].ask(Subject(Settings(), Server(""), ENGINE, IMAGE, inside(lambda _: bad)))
+def test_a_question_that_is_asked_inside(
+    name: str, said: str, answer: str, bad: tuple[int, str]
+) -> None:
+    assert answer in ALL[name].check(ImageSubject(Settings(), IMAGE, inside(lambda _: (0, said))))
+    with pytest.raises(ProbeFailed):
+        ALL[name].check(ImageSubject(Settings(), IMAGE, inside(lambda _: bad)))
 
 
 def test_secrets_are_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[str] = []
     looked_for: list[dict[str, str]] = []
 
-    def check(_engine: Engine, _image: dict[str, Any], extra: dict[str, str]) -> tuple[list[str], int]:
+    def check(
+        _engine: Engine, _image: dict[str, Any], extra: dict[str, str]
+    ) -> tuple[list[str], int]:
         looked_for.append(extra)
         return found, 8
 
-    monkeypatch.setattr(layers, "check", check)
+    monkeypatch.setattr(secret_scan, "check", check)
     monkeypatch.setattr(ca, "extra", lambda _: {"a": "named now"})
     monkeypatch.setattr(ca, "staged", lambda: {"b": "named when it was built"})
-    subject = Subject(Settings(), Server(""), ENGINE, IMAGE)
-    assert ALL["secrets"].ask(subject) == "none in 8 layers and the history"
+    subject = ImageSubject(Settings(), IMAGE, inside(lambda _: (0, "")))
+    assert ALL["secrets"].check(subject) == "none in 8 layers and the history"
     found += ["/root/.npmrc", "/app/.env"]
-    with pytest.raises(Wrong, match=r"^/root/\.npmrc; /app/\.env$"):
-        ALL["secrets"].ask(subject)
+    with pytest.raises(ProbeFailed, match=r"^/root/\.npmrc; /app/\.env$"):
+        ALL["secrets"].check(subject)
     assert looked_for == [{"a": "named now", "b": "named when it was built"}] * 2
 
 
-GOOD_STATUS = (
-    "Root: ro\nCapEff:\t0000000000000000\nCapBnd:\t0000000000000000\nNoNewPrivs:\t1\nUid:\t1000\t1000\t1000\t1000\n"
-)
+LIMITS = {"Memory": 1, "PidsLimit": 1}
 
 
 @pytest.mark.parametrize(
-    ("status", "bounds", "words"),
+    ("changed", "limits", "words"),
     [
-        (GOOD_STATUS, {"Memory": 1, "PidsLimit": 1}, ""),
-        (GOOD_STATUS.replace("ro", "rw"), {"Memory": 1, "PidsLimit": 1}, "Root: rw"),
-        (GOOD_STATUS.replace("CapEff:\t0", "CapEff:\t2"), {"Memory": 1, "PidsLimit": 1}, "CapEff: 2"),
-        (GOOD_STATUS.replace("CapBnd:\t0", "CapBnd:\t2"), {"Memory": 1, "PidsLimit": 1}, "CapBnd: 2"),
-        (GOOD_STATUS.replace("Privs:\t1", "Privs:\t0"), {"Memory": 1, "PidsLimit": 1}, "NoNewPrivs: 0"),
-        (GOOD_STATUS.replace("1000", "0"), {"Memory": 1, "PidsLimit": 1}, "it is root"),
-        (GOOD_STATUS, {"Memory": 0, "PidsLimit": 1}, "no bounds"),
-        (GOOD_STATUS, {"Memory": 1, "PidsLimit": 0}, "no bounds"),
-        ("", {"Memory": 1, "PidsLimit": 1}, "CapEff"),
+        ({}, LIMITS, ""),
+        ({"Root": "rw"}, LIMITS, "Root rw"),
+        ({"CapEff": "2" + "0" * 15}, LIMITS, "CapEff 2"),
+        ({"CapBnd": "2" + "0" * 15}, LIMITS, "CapBnd 2"),
+        ({"NoNewPrivs": "0"}, LIMITS, "NoNewPrivs 0"),
+        ({"Uid": "0"}, LIMITS, "runs as root"),
+        ({}, {"Memory": 0, "PidsLimit": 1}, "no limits"),
+        ({}, {"Memory": 1, "PidsLimit": 0}, "no limits"),
     ],
 )
 def test_a_container_that_is_not_hardened(
-    monkeypatch: pytest.MonkeyPatch, status: str, bounds: dict[str, int], words: str
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], limits: dict[str, int], words: str
 ) -> None:
     monkeypatch.setattr(
-        process, "run", lambda argv, **_: process.Completed(tuple(argv), 0, json.dumps(bounds), "", 0.0)
+        process,
+        "run",
+        lambda argv, **_: process.Completed(tuple(argv), 0, json.dumps(limits), "", 0.0),
     )
-    subject = Subject(Settings(), Server(""), ENGINE, IMAGE, inside(lambda _: (0, status)))
+    found = {
+        "Root": "ro",
+        "NoNewPrivs": "1",
+        "Uid": "1000",
+        **dict.fromkeys(("CapEff", "CapBnd"), "0" * 16),
+    }
+    container = inside(lambda _: (0, json.dumps(found | changed)))
+    subject = ImageSubject(Settings(), IMAGE, container)
     if not words:
-        assert ALL["hardened"].ask(subject) == "read-only, no capabilities, not root, in bounds"
+        assert ALL["hardening"].check(subject) == "read-only root, no capabilities"
         return
-    with pytest.raises(Wrong, match=f"not hardened: .*{words}"):
-        ALL["hardened"].ask(subject)
+    with pytest.raises(ProbeFailed, match=f"not hardened: .*{words}"):
+        ALL["hardening"].check(subject)
 
 
-@pytest.mark.parametrize("reply", [(0, json.dumps(NATIVE)), (22, "")])
-def test_without_a_network_openagents_is_there_too(reply: tuple[int, str]) -> None:
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [((0, json.dumps(NATIVE)), "no agents of OpenAgents"), ((22, ""), "curl exited with code 22")],
+)
+def test_without_a_network_openagents_is_there_too(reply: tuple[int, str], words: str) -> None:
     listed = [(0, json.dumps(GOOD["/agent"])), reply]
-    alone = inside(lambda command: listed.pop(0) if command[0] == "curl" else (0, ""))
-    subject = Subject(Settings(), Server(""), ENGINE, IMAGE, offline=alone)
-    assert "with --network none" in ALL["offline"].ask(subject)
-    with pytest.raises(Wrong, match="no agents of OpenAgents without a network"):
-        ALL["offline"].ask(subject)
+    alone = inside(lambda command: listed.pop(0) if "agent" in command[-1] else (0, ""))
+    subject = ImageSubject(Settings(), IMAGE, alone)
+    assert "with --network none" in ALL["offline"].check(subject)
+    with pytest.raises(ProbeFailed, match=words):
+        ALL["offline"].check(subject)
 
 
-def test_sigterm_must_end_it_within_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_must_end_it_within_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
     def run(argv: list[str], **_: Any) -> process.Completed:
@@ -307,28 +421,32 @@ def test_sigterm_must_end_it_within_a_second(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(process, "run", run)
     clock = iter(float(second) for second in range(100))
-    monkeypatch.setattr(probes, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda _: None))
-    ended = {"Running": False, "FinishedAt": "2026-01-01T00:00:00.123456789Z"}
-    late = {"Running": False, "FinishedAt": "2999-01-01T00:00:00.5+00:00"}
-    up = {"Running": True}
-    states = iter([up, ended, up, up, up, late, up, *[up] * 50])
-    alone = inside(lambda _: (0, ""))
-    monkeypatch.setattr(Inside, "state", lambda _: next(states))
-    subject = Subject(Settings(), Server(""), ENGINE, IMAGE, offline=alone)
-    assert ALL["stops"].ask(subject).startswith("ended")
+    time_module = SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda _: None)
+    monkeypatch.setattr(image_probes, "time", time_module)
+    states = iter([True, False, *[True] * 50])
+    monkeypatch.setattr(Inside, "state", lambda _: {"Running": next(states)})
+    subject = ImageSubject(Settings(), IMAGE, inside(lambda _: (0, "")))
+    assert ALL["shutdown"].check(subject) == "ended 2.0 s after SIGTERM"
     assert asked == [["/p", "kill", "--signal", "TERM", "n"]]
-    for _ in ("ended after two seconds, by the engine's clock too", "never ends"):
-        with pytest.raises(Wrong, match="after SIGTERM: something ignores signals as PID 1"):
-            ALL["stops"].ask(subject)
+    with pytest.raises(ProbeFailed, match="after SIGTERM: PID 1 ignores signals"):
+        ALL["shutdown"].check(subject)
 
 
-@pytest.mark.parametrize(("states", "code"), [([False], 0), ([True, False], 1)])
 def test_a_server_that_had_ended_by_itself_does_not_pass_for_one_that_stops(
-    monkeypatch: pytest.MonkeyPatch, states: list[bool], code: int
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(process, "run", lambda argv, **_: process.Completed(tuple(argv), code, "", "", 0.0))
-    ended = iter([*states, *[False] * 9])
-    monkeypatch.setattr(Inside, "state", lambda _: {"Running": next(ended)})
-    subject = Subject(Settings(), Server(""), ENGINE, IMAGE, offline=inside(lambda _: (0, "")))
-    with pytest.raises(Wrong, match="it had ended before it was told to"):
-        ALL["stops"].ask(subject)
+    monkeypatch.setattr(
+        process, "run", lambda argv, **_: process.Completed(tuple(argv), 1, "", "", 0.0)
+    )
+    monkeypatch.setattr(Inside, "state", lambda _: {"Running": False})
+    subject = ImageSubject(Settings(), IMAGE, inside(lambda _: (0, "")))
+    with pytest.raises(ProbeFailed, match="had ended before SIGTERM"):
+        ALL["shutdown"].check(subject)
+
+
+def test_the_program_for_hardening_reads_this_process() -> None:
+    argv = [sys.executable, "-S", "-c", image_probes.HARDENING]
+    found = json.loads(subprocess.run(argv, capture_output=True, check=True).stdout)
+    assert found.keys() == {"Root", "CapEff", "CapBnd", "NoNewPrivs", "Uid"}
+    assert found["Root"] in {"rw", "ro"}
+    assert len(found["CapEff"]) == len(found["CapBnd"]) == 16

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import process
-from pipeline.errors import Interrupted, ToolMissing
-from pipeline.settings import ROOT
+from pipeline.core import process
+from pipeline.core.errors import Interrupted, ToolMissing
+from pipeline.core.settings import ROOT
 
 DEADLINE = 10.0
 
@@ -32,25 +32,29 @@ def wait_until_ended(pid: int) -> None:
         assert time.monotonic() < deadline, f"{pid} still runs"
 
 
-def test_what_a_child_gets_and_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_child_gets_and_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OURS", "kept")
     script = 'read word; echo "$word $OURS $MORE"; pwd; echo loud >&2; exit 3'
     done = process.run(["sh", "-c", script], stdin=b"hello\n", env={"MORE": "added"}, cwd=tmp_path)
     assert (done.code, done.ok) == (3, False)
     assert done.stdout == f"hello kept added\n{tmp_path}\n"
-    assert (done.stderr, done.said) == ("loud\n", "loud")
+    assert (done.stderr, done.output) == ("loud\n", "loud")
     assert done.argv[:2] == ("sh", "-c")
     assert 0 < done.seconds < DEADLINE
     quiet = process.run(["cat"])
     assert (quiet.ok, quiet.stdout) == (True, "")  # there is nothing on stdin to wait for
     assert process.run(["sh", "-c", "kill -9 $$"]).code == -9
-    assert process.run(["printf", "a\\377b"]).said == "a\N{REPLACEMENT CHARACTER}b"
+    assert process.run(["printf", "a\\377b"]).output == "a\N{REPLACEMENT CHARACTER}b"
 
 
 def test_lines_are_handed_on_as_they_come_and_the_last_are_kept() -> None:
     came: list[tuple[str, float]] = []
     script = "for i in 1 2 3; do echo $i; done; echo err >&2; sleep 0.3; echo end; exit 4"
-    done = process.run(["sh", "-c", script], on_line=lambda line: came.append((line, time.monotonic())), tail=2)
+    done = process.run(
+        ["sh", "-c", script], on_line=lambda line: came.append((line, time.monotonic())), tail=2
+    )
     assert [line for line, _ in came] == ["1", "2", "3", "err", "end"]
     assert came[4][1] - came[3][1] > 0.2
     assert (done.code, done.stdout, done.stderr) == (4, "err\nend", "")
@@ -119,7 +123,7 @@ def test_a_signal_ends_the_child_runs_every_finally_and_gives_the_shells_code(
         """
 import signal
 from invoke import task
-from pipeline import process
+from pipeline.core import process
 
 @task
 def hang(c):
@@ -166,7 +170,9 @@ def test_a_signal_waits_for_the_end_of_a_deferring_block() -> None:
                 done.append("begun")
             done.append("not reached")
         finally:
-            with process.deferred():  # a signal that was raised is not raised again while things are removed
+            with (
+                process.deferred()
+            ):  # a signal that was raised is not raised again while things are removed
                 done.append("removed")
             done.append("to the end")
 

@@ -5,22 +5,24 @@ import sys
 
 import pytest
 
-from pipeline import report
+from pipeline.core import console
 
 
 def test_what_is_said_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     text = "COPY :warning: [bold]x[/bold] a:100:b"
-    for print_it in (report.say, report.ok, report.warn, report.fail):
+    for print_it in (console.log, console.ok, console.warn, console.fail):
         print_it(text)
-    report.table("steps", ("step",), [(text,)])
-    assert [text in line for line in capsys.readouterr().out.splitlines() if "COPY" in line] == [True] * 5
+    console.table("steps", ("step",), [(text,)])
+    assert [text in line for line in capsys.readouterr().out.splitlines() if "COPY" in line] == [
+        True
+    ] * 5
 
 
 def test_what_the_locale_cannot_show_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.BytesIO()
     with io.TextIOWrapper(out, encoding="ascii") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        report.console.__wrapped__().print("Müller: \N{CHECK MARK}", markup=False)
+        console.console.__wrapped__().print("Müller: \N{CHECK MARK}", markup=False)
         stream.flush()
         assert out.getvalue() == b"M?ller: ?\n"
 
@@ -28,7 +30,10 @@ def test_what_the_locale_cannot_show_stops_nothing(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
-        ("https://user:secret@git.example.com:8443/a/b.git", "https://git.example.com:8443/a/b.git"),
+        (
+            "https://user:secret@git.example.com:8443/a/b.git",
+            "https://git.example.com:8443/a/b.git",
+        ),
         ("https://token@git.example.com/a", "https://git.example.com/a"),
         ("https://git.example.com/a@b", "https://git.example.com/a@b"),
         ("/srv/git/a.git", "/srv/git/a.git"),
@@ -37,4 +42,4 @@ def test_what_the_locale_cannot_show_stops_nothing(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_no_password_gets_into_what_is_for_everyone_to_read(url: str, shown: str) -> None:
-    assert report.without_credentials(url) == shown
+    assert console.without_credentials(url) == shown

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from invoke.config import Config
 
-from pipeline import settings
-from pipeline.errors import SettingRefused
-from pipeline.settings import ROOT, Settings, load
+from pipeline.core import settings
+from pipeline.core.errors import SettingRefused
+from pipeline.core.settings import ROOT, Settings, load
 
 SHOW = """
 from invoke import task
 @task
 def show(c):
-    from pipeline import settings
+    from pipeline.core import settings
     print(settings.load(c.config).model_dump_json())
 """
 
@@ -45,7 +45,9 @@ def invoke(project: Path, *options: str, **env: str) -> subprocess.CompletedProc
 def test_invoke_yaml_is_every_setting_with_its_default_and_a_comment() -> None:
     config = Config(project_location=ROOT, lazy=True)
     config.load_project()
-    written = {name: value for name, value in config.items() if name not in settings._INVOKE_OWN}
+    written = {
+        name: value for name, value in config.items() if name not in settings.INVOKE_SECTIONS
+    }
     assert written == json.loads(Settings().model_dump_json())
     lines = (ROOT / "invoke.yaml").read_text().splitlines()
     bare = [
@@ -57,7 +59,9 @@ def test_invoke_yaml_is_every_setting_with_its_default_and_a_comment() -> None:
 
 
 def test_the_environment_and_a_file_of_ones_own_override_a_line(project: Path) -> None:
-    (project / "mine.yaml").write_text("base:\n  mirrors: [registry.example.com/library/node]\nimage: mine\n")
+    (project / "mine.yaml").write_text(
+        "base:\n  mirrors: [registry.example.com/library/node]\nimage: mine\n"
+    )
     done = invoke(
         project,
         "-f",
@@ -68,25 +72,41 @@ def test_the_environment_and_a_file_of_ones_own_override_a_line(project: Path) -
         INVOKE_RUN_ECHO="1",
     )
     got = json.loads(done.stdout)
-    assert (got["engine"], got["smoke"]["ready_seconds"], got["openagents"]["ref"]) == ("docker", 120, "main")
+    assert (got["engine"], got["smoke"]["ready_seconds"], got["openagents"]["ref"]) == (
+        "docker",
+        120,
+        "main",
+    )
     assert got["image"] == "mine"
-    assert got["base"] == {"mirrors": ["registry.example.com/library/node"], "make": "auto", "debian_mirror": ""}
+    assert got["base"] == {
+        "mirrors": ["registry.example.com/library/node"],
+        "make": "auto",
+        "debian_mirror": "",
+    }
 
 
 def test_what_is_refused_is_named_and_leaves_with_10(project: Path) -> None:
     done = invoke(project, INVOKE_SMOKE_PORT="70000")
     assert (done.returncode, done.stdout) == (10, "")
-    assert done.stderr.startswith("SettingRefused: INVOKE_SMOKE_PORT=70000: ")
+    assert done.stderr.startswith("SettingRefused: INVOKE_SMOKE_PORT: ")
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("INVOKE_SMOKE_READY_SECONDS", "soon"), ("INVOKE_SMOKE_PORT", "1.5"), ("INVOKE_BASE_MIRRORS", "a")],
+    [
+        ("INVOKE_SMOKE_READY_SECONDS", "soon"),
+        ("INVOKE_SMOKE_PORT", "1.5"),
+        ("INVOKE_BASE_MIRRORS", "a"),
+    ],
 )
-def test_what_invoke_itself_would_meet_with_a_traceback_is_refused_too(name: str, value: str) -> None:
+def test_what_invoke_itself_would_meet_with_a_traceback_is_refused_too(
+    name: str, value: str
+) -> None:
     argv = [sys.executable, "-m", "invoke", "--search-root", str(ROOT), "build", "--dry-run"]
-    done = subprocess.run(argv, env={**os.environ, name: value}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        argv, env={**os.environ, name: value}, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (10, "")
     assert done.stderr.startswith(f"SettingRefused: {name}")
 
@@ -105,7 +125,9 @@ def test_what_invoke_itself_would_meet_with_a_traceback_is_refused_too(name: str
         ({"base": {"mirrors": "one"}}, "base.mirrors: "),
     ],
 )
-def test_an_unknown_key_or_an_impossible_value_is_refused_by_name(config: dict[str, object], named: str) -> None:
+def test_an_unknown_key_or_an_impossible_value_is_refused_by_name(
+    config: dict[str, object], named: str
+) -> None:
     with pytest.raises(SettingRefused) as caught:
         load(config, {})
     assert caught.value.what.startswith(named)
@@ -137,5 +159,5 @@ def test_a_misspelt_variable_is_refused(name: str, *, known: bool) -> None:
     if known:
         load({}, {name: "docker"})
     else:
-        with pytest.raises(SettingRefused, match=f"{name} is no setting"):
+        with pytest.raises(SettingRefused, match=f"{name}: "):
             load({}, {name: "1"})

@@ -8,17 +8,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree as ET
 
 import pytest
+from invoke.context import Context
 
-from pipeline import history, probes, process, release, smoke
-from pipeline.container import SECRET, Server
-from pipeline.engine import Engine
-from pipeline.errors import EngineBroken, NoSuchImage, ServerDied, ServerSilent, SmokeFailed
-from pipeline.probes import Probe, Subject, Wrong, pinned_version
-from pipeline.settings import ROOT, Settings
-from pipeline.smoke import Answer, smoke_url
+import tasks
+from pipeline.core import process
+from pipeline.core.errors import EngineBroken, NoSuchImage, ServerDied, ServerSilent, SmokeFailed
+from pipeline.core.settings import ROOT, Settings
+from pipeline.engines import detect
+from pipeline.engines.container import SECRET
+from pipeline.engines.engine import Engine
+from pipeline.release import history, promote
+from pipeline.smoke import image_probes, run, server_probes
+from pipeline.smoke.probe import Probe, ProbeFailed
+from pipeline.smoke.run import Result, smoke_url
+from pipeline.smoke.server_probes import pinned_version
 from tests.servers import free_port, http_server
 
 OPENCODE: dict[str, Any] = {
@@ -33,7 +38,7 @@ OPENCODE: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for module in (smoke, release):
+    for module in (run, promote):
         monkeypatch.setattr(module, "BUILD", tmp_path / "build")
     monkeypatch.setattr(history, "FILE", tmp_path / "history.jsonl")
     monkeypatch.delenv(SECRET, raising=False)
@@ -54,30 +59,25 @@ def test_a_server_that_already_runs(build: Path, capsys: pytest.CaptureFixture[s
     assert report == json.loads((build / "smoke.json").read_text())
     assert (report["passed"], report["target"]) == (True, f"{url}/")
     names = [probe["name"] for probe in report["probes"]]
-    assert names == ["config", "health", "agents", "tools", "commands", "skills"]
-    suite = ET.parse(build / "smoke.xml").getroot()  # noqa: S314 -- ours
-    assert (suite.get("tests"), suite.get("failures")) == ("6", "0")
-    assert [case.get("name") for case in suite] == names
+    assert names == ["ready", "config", "health", "tools", "agents", "commands", "skills"]
     out = capsys.readouterr().out
-    assert "smoke: 6 of 6 probes passed" in out
-    assert out.count("ok    ") == 6
-    assert sorted(path.name for path in build.iterdir()) == ["smoke.json", "smoke.xml"]
+    assert "smoke: 7 of 7 probes passed" in out
+    assert out.count("ok    ") == 7
+    assert sorted(path.name for path in build.iterdir()) == ["smoke.json"]
 
 
-def test_a_failed_probe_is_in_every_report_and_hides_no_other(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_probe_is_in_every_report_and_hides_no_other(
+    build: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with opencode(skill=[], agent={"not": "a list"}) as url, pytest.raises(SmokeFailed) as caught:
         smoke_url(Settings(), url)
-    assert caught.value.what == "2 of 6 probes failed: agents, skills"
+    assert caught.value.what == "2 of 7 probes failed: agents, skills"
     report = json.loads((build / "smoke.json").read_text())
     failed = {probe["name"]: probe["detail"] for probe in report["probes"] if not probe["passed"]}
     assert report["passed"] is False
     # The answer of the wrong shape trips the probe itself, and that is its answer.
     assert failed.keys() == {"agents", "skills"}
     assert failed["agents"].startswith("AttributeError: ")
-    suite = ET.parse(build / "smoke.xml").getroot()  # noqa: S314 -- ours
-    assert suite.get("failures") == "2"
-    failures = {case.get("name"): case.findtext("failure") for case in suite if case.find("failure") is not None}
-    assert failures == failed
     assert "FAIL  skills" in capsys.readouterr().out
 
 
@@ -94,43 +94,41 @@ def test_nothing_is_asked_of_a_server_that_is_never_ready(build: Path) -> None:
     assert not build.exists()
 
 
-def test_junit_is_xml_whatever_a_probe_said(build: Path) -> None:
-    said = '\x1b[31mred\x1b[0m & <tag> "quoted" \0 \ufffe ünï\n\tnext'
-    build.mkdir()
-    smoke._write_junit([Answer("a", passed=False, seconds=1.0, detail=said)], 1.5)
-    suite = ET.parse(build / "smoke.xml").getroot()  # noqa: S314 -- ours
-    text = suite.findtext("testcase/failure")
-    assert text
-    assert '& <tag> "quoted"' in text
-    assert text.endswith("ünï\n\tnext")
-
-
 @pytest.mark.parametrize(
     ("trouble", "detail"),
     [
-        (Wrong("not that"), "not that"),
+        (ProbeFailed("not that"), "not that"),
         (KeyError("name"), "KeyError: 'name'"),
-        (subprocess.TimeoutExpired("podman", 30), "no answer within 30 s"),
-        (ServerDied("it ended", "See.", "its log"), "it ended\nits log"),
+        (
+            subprocess.TimeoutExpired("podman", 30),
+            "TimeoutExpired: Command 'podman' timed out after 30 seconds",
+        ),
+        (ServerDied("it ended", "See.", "its log"), "its log\nServerDied: it ended\n  -> See."),
     ],
 )
 def test_whatever_a_probe_trips_over_is_its_answer(trouble: Exception, detail: str) -> None:
-    def trip(_: Subject) -> str:
+    def trip(_: object) -> str:
         raise trouble
 
-    answer = smoke._answer(Probe("p", "server", trip), Subject(Settings(), Server("")))
+    answer = run.run_probe(Probe("p", trip), None)
     assert (answer.passed, answer.detail, answer.name) == (False, detail, "p")
 
 
 def test_independent_probes_run_together() -> None:
     together = threading.Barrier(3, timeout=10)
 
-    def meet(_: Subject) -> str:
+    def meet(_: object) -> str:
         together.wait()
         return "met"
 
-    answers = smoke._ask([Probe(str(n), "server", meet) for n in range(3)], Subject(Settings(), Server("")))
-    assert [(answer.name, answer.passed) for answer in answers] == [("0", True), ("1", True), ("2", True)]
+    with run._background(ENGINE) as start:
+        calls = [start(run.run_probe, Probe(str(n), meet), None) for n in range(3)]
+        answers = [call.result() for call in calls]
+    assert [(answer.name, answer.passed) for answer in answers] == [
+        ("0", True),
+        ("1", True),
+        ("2", True),
+    ]
 
 
 class Tags:
@@ -149,7 +147,12 @@ class Tags:
                 code, out = (0, json.dumps([inspection(*found)])) if found else (1, "")
             case ["tag", source, name]:
                 moved = next(
-                    (value for value in (*self.tags.values(), *OTHERS) if f"sha256:{value[0]}" == source), None
+                    (
+                        value
+                        for value in (*self.tags.values(), *OTHERS)
+                        if f"sha256:{value[0]}" == source
+                    ),
+                    None,
                 )
                 assert moved, source
                 self.tags[name.removeprefix("opencode-server:")] = moved
@@ -162,8 +165,8 @@ def inspection(identity: str, kind: str) -> dict[str, Any]:
     return {"Id": f"sha256:{identity}", "Size": 1, "Config": {"Labels": labels}}
 
 
-REAL, STARTER = "openagents", "starter"
-OTHERS = [("new", REAL), ("new", STARTER)]
+REAL = "openagents"
+OTHERS = [("new", REAL)]
 ENGINE = Engine("docker", "/d", "20.10")
 
 
@@ -171,7 +174,8 @@ ENGINE = Engine("docker", "/d", "20.10")
 def candidate(monkeypatch: pytest.MonkeyPatch) -> Tags:
     tags = Tags(candidate=("new", REAL), latest=("old", REAL), other=("other", REAL))
     monkeypatch.setattr(process, "run", tags)
-    monkeypatch.setattr(smoke, "remove_leftovers", lambda _: 0)
+    monkeypatch.setattr(run, "remove_leftovers", lambda _: 0)
+    monkeypatch.setattr(detect, "of", lambda _: ENGINE)
     return tags
 
 
@@ -185,53 +189,70 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     def answer(word: str) -> None:
         passed = word == "passes"
         monkeypatch.setattr(
-            smoke, "ask_image", lambda *_, **__: ([Answer("a", passed=passed, seconds=0, detail="")], 1.0)
+            run,
+            "probe_image",
+            lambda *_, **__: [Result("a", passed=passed, seconds=0, detail="")],
         )
 
     return answer
 
 
-def test_only_a_candidate_that_passed_becomes_latest(candidate: Tags, asked: Asked, build: Path) -> None:
+def test_only_a_candidate_that_passed_becomes_latest(
+    candidate: Tags, asked: Asked, build: Path
+) -> None:
     asked("fails")
     with pytest.raises(SmokeFailed):
-        smoke.smoke(Settings(), ENGINE)
-    assert candidate.moves == 0
+        tasks.smoke(Context())
     asked("passes")
-    assert smoke.smoke(Settings(), ENGINE, "opencode-server:other")["passed"]
-    assert smoke.smoke(Settings(), ENGINE, dry_run=True) == {}
+    tasks.smoke(Context(), image="opencode-server:other")
+    tasks.smoke(Context(), dry_run=True)
+    assert run.smoke(Settings(), ENGINE)["image"] == "sha256:new"
     assert candidate.moves == 0
-    smoke.smoke(Settings(), ENGINE)
-    assert [candidate.tags[name][0] for name in ("candidate", "latest", "previous")] == ["new", "new", "old"]
+    tasks.smoke(Context())
+    assert [candidate.tags[name][0] for name in ("candidate", "latest", "previous")] == [
+        "new",
+        "new",
+        "old",
+    ]
     assert json.loads((build / "smoke.json").read_text())["target"] == "opencode-server:candidate"
 
 
 def test_an_image_that_is_not_here(candidate: Tags) -> None:
     del candidate.tags["candidate"]
     with pytest.raises(NoSuchImage, match="docker has no image opencode-server:candidate"):
-        smoke.smoke(Settings(), ENGINE)
+        run.smoke(Settings(), ENGINE)
 
 
 def test_the_image_is_asked_while_two_containers_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program, log = tmp_path / "podman", tmp_path / "log"
-    for group in ("PROBES", "IMAGE_PROBES", "OFFLINE_PROBES"):
-        probe = Probe(group, "image", lambda subject: subject.container.name if subject.container else "none")
-        monkeypatch.setattr(probes, group, (probe,))
+    for group in ("READY", "STARTING", "OFFLINE"):
+        probe = Probe(group, lambda subject: subject.container.name)
+        monkeypatch.setattr(image_probes, group, (probe,))
+    monkeypatch.setattr(server_probes, "PROBES", ())
     image = inspection("1", REAL)
     with opencode() as url:
-        program.write_text(f"#!/bin/sh\necho $* >> {log}\n[ $1 != port ] || echo 127.0.0.1:{url.rpartition(':')[2]}\n")
+        program.write_text(
+            f"#!/bin/sh\necho $* >> {log}\n[ $1 != port ] || echo 127.0.0.1:{url.rpartition(':')[2]}\n"
+        )
         program.chmod(0o755)
-        answers, ready = smoke.ask_image(Settings(), Engine("podman", str(program), "4"), image)
-    assert [answer.name for answer in answers] == ["ready", "PROBES", "IMAGE_PROBES", "OFFLINE_PROBES"]
+        answers = run.probe_image(Settings(), Engine("podman", str(program), "4"), image)
+    assert [answer.name for answer in answers] == [
+        "ready",
+        "STARTING",
+        "READY",
+        "OFFLINE",
+    ]
     assert all(answer.passed for answer in answers)
-    assert ready > 0
+    assert answers[0].seconds > 0
     published, _, alone = (answer.detail for answer in answers[1:])
     assert published != alone
     lines = log.read_text().splitlines()
     assert {line.split()[-1] for line in lines if line.startswith("rm ")} == {published, alone}
-    assert [line.split()[2] for line in lines if "--network none" in line] == [alone]
-    assert "/config answers 200" in capsys.readouterr().out
+    (unpublished,) = (line for line in lines if "--network none" in line)
+    assert f"--name {alone} " in unpublished
+    assert "/config returns 200" in capsys.readouterr().out
 
 
 def test_when_the_server_cannot_start_the_other_container_is_not_waited_for(tmp_path: Path) -> None:
@@ -241,16 +262,16 @@ def test_when_the_server_cannot_start_the_other_container_is_not_waited_for(tmp_
 echo "$*" >> {log}
 case "$*" in
     *--publish*) echo refused >&2; exit 125 ;;
-    ps*) sed -n 's/^run --name \\([^ ]*\\) .*/\\1/p' {log} ;;
+    ps*) sed -n 's/^run .*--name \\([^ ]*\\) .*/\\1/p' {log} ;;
     exec*) until grep -q "^rm .* $2$" {log}; do sleep 0.05; done; exit 1 ;;
 esac
 """)
     program.chmod(0o755)
     began = time.monotonic()
     with pytest.raises(EngineBroken):
-        smoke.ask_image(Settings(), Engine("podman", str(program), "4"), inspection("1", REAL))
+        run.probe_image(Settings(), Engine("podman", str(program), "4"), inspection("1", REAL))
     assert time.monotonic() - began < 20
     lines = log.read_text().splitlines()
-    started = {line.split()[2] for line in lines if line.startswith("run ")}
+    started = {line.partition("--name ")[2].split()[0] for line in lines if line.startswith("run ")}
     assert len(started) == 2
     assert {line.split()[-1] for line in lines if line.startswith("rm ")} == started

@@ -1,160 +1,256 @@
-"""The stack's description: what a cluster is given, what podman plays of it, and what Compose says, are the same."""
+"""The stack's description: compose.yaml, what a cluster is given, and what ``inv up`` runs, are the
+same.
+"""
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-import sys
-import tomllib
+import asyncio
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import podman_compose  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from pipeline.engine import Engine
-from pipeline.errors import SecretsRefused
-from pipeline.settings import ROOT
-from pipeline.stack import health, secrets
+from pipeline.core.errors import SecretsRefused
+from pipeline.core.settings import ROOT, Settings
+from pipeline.engines import podman_compose_main
+from pipeline.engines.engine import Engine
+from pipeline.stack import databases, health, secrets
+from pipeline.stack.compose import PARTS, POD_VOLUMES, PODS, VOLUMES, Project, State
 from pipeline.stack.health import Health, Volume
-from pipeline.stack.manifests import PARTS, Manifests, Pod, Stack, pod, pods
-from pipeline.stack.runner import State
+from pipeline.stack.lifecycle import PROBES
+from tests.stack_up import named, pod_of, team
 
 SECRETS = {
-    "opencode-server": {"OPENCODE_SERVER_PASSWORD": "s", "FALKORDB_PASSWORD": "f", "VALKEY_PASSWORD": "v"},
-    "opencode-backup": {"BACKUP_PASSWORD": "b"},
-    "opencode-datadog": {"DD_API_KEY": "d"},
+    "server.env": {
+        "OPENCODE_SERVER_PASSWORD": "s",
+        "FALKORDB_PASSWORD": "f",
+        "VALKEY_PASSWORD": "v",
+        "MODEL_KEY": "m",
+    },
+    "backup.env": {"BACKUP_PASSWORD": "b"},
+    "datadog.env": {"DD_API_KEY": "d"},
 }
-RED = Stack("red", "127.0.0.1", 5000, dict.fromkeys(PARTS, "localhost/an:image"), SECRETS, agent=True)
-BIN = Path(sys.executable).parent
 
 
-def container(played: Pod) -> dict[str, Any]:
-    return dict(played.document["spec"]["containers"][0])
+def red(home: Path, engine: Engine | None = None) -> Project:
+    """Return a stack called red, whose secrets are in ``home``."""
+    stack = {"name": "red", "port": 5000, "home": str(home)}
+    for name, variables in SECRETS.items():
+        text = "".join(f"{key}={value}\n" for key, value in variables.items())
+        (home / name).write_text(text)
+    return Project(
+        engine or Engine("docker", "/d", "28"),
+        Settings.model_validate({"stack": stack}),
+        home,
+        SECRETS,
+        {part: f"localhost/{part}:1" for part in PARTS},
+    )
 
 
-def environment(played: Pod) -> dict[str, str]:
-    return {each["name"]: each["value"] for each in container(played)["env"]}
+def services() -> dict[str, Any]:
+    """Return the services of compose.yaml by part."""
+    found = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())["services"]
+    return {name.rpartition("opencode-")[2]: service for name, service in found.items()}
 
 
-def team(tmp_path: Path, *components: str) -> list[dict[str, Any]]:
-    """Render a team's overlay, and have each document of it checked against the schema of Kubernetes."""
-    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
-    overlay = tmp_path / "deploy/kubernetes/team"
-    for name in ("server.env", "backup.env", "datadog.env"):
-        shutil.copy(overlay / f"{name}.example", overlay / name)
-    with (overlay / "kustomization.yaml").open("a") as file:
-        file.write(f"components: {json.dumps([f'../{name}' for name in components])}\n")
-    rendered = subprocess.run(
-        [BIN / "kubectl", "kustomize", overlay], capture_output=True, text=True, check=True
-    ).stdout
-    (tmp_path / "all.yaml").write_text(rendered)
-    argv = [str(BIN / "kubernetes-validate"), "--strict", str(tmp_path / "all.yaml")]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return list(yaml.safe_load_all(rendered))
+def create_arguments(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return what podman-compose gives to ``podman create``, by part, and each part's variables."""
+    for name, value in project.environment().items():
+        monkeypatch.setenv(name, value)
+    engine = replace(project.engine, name="podman")
+    argv = engine.compose([], databases.COMPOSE, "red", tmp_path / "server.env", "up")
+    compose = podman_compose.PodmanCompose()
+    compose.commands = podman_compose.podman_compose.commands
+    compose._parse_args(argv)
+    compose._parse_compose_file()
+    monkeypatch.setattr(podman_compose, "assert_cnt_nets", _nothing)
+    monkeypatch.setattr(podman_compose, "assert_volume", _nothing)
+    words, variables = {}, {}
+    for container in compose.containers:
+        part = container["_service"].rpartition("opencode-")[2]
+        words[part] = asyncio.run(podman_compose_main.private_container_to_args(compose, container))
+        (file,) = (word for word in words[part] if word.startswith("--env-file="))
+        lines = Path(file.partition("=")[2]).read_text().splitlines()
+        variables[part] = dict(line.split("=", 1) for line in lines)
+    return words, variables
 
 
-def named(documents: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
-    return next(each for each in documents if (each["kind"], each["metadata"]["name"]) == (kind, name))
+async def _nothing(*_: Any) -> None:
+    return None
 
 
 @pytest.mark.parametrize("components", [(), ("datadog",), ("restore",), ("datadog", "restore")])
-def test_the_overlay_of_a_team_is_strictly_valid_kubernetes(tmp_path: Path, components: tuple[str, ...]) -> None:
+def test_the_overlay_of_a_team_is_strictly_valid_kubernetes(
+    tmp_path: Path, components: tuple[str, ...]
+) -> None:
     documents = team(tmp_path, *components)
     kinds = {document["kind"] for document in documents}
-    assert {"StatefulSet", "CronJob", "NetworkPolicy", "PodDisruptionBudget", "Secret", "ConfigMap"} <= kinds
-    assert {document["metadata"]["namespace"] for document in documents if document["kind"] != "Namespace"} == {
-        "opencode-team"
-    }
+    assert {
+        "StatefulSet",
+        "CronJob",
+        "NetworkPolicy",
+        "PodDisruptionBudget",
+        "Secret",
+        "ConfigMap",
+    } <= kinds
+    assert {
+        document["metadata"]["namespace"]
+        for document in documents
+        if document["kind"] != "Namespace"
+    } == {"opencode-team"}
     server = named(documents, "StatefulSet", "opencode")["spec"]
     agent = server["template"]["spec"]["containers"][0]["env"][0]
     assert agent.get("value") == ("opencode-datadog" if "datadog" in components else None)
     restoring = "restore" in components
     assert server["replicas"] == (0 if restoring else 1)
-    job = named(documents, "CronJob", "opencode-backup")["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    job = pod_of(documents, "backup")
     assert job["containers"][0]["args"] == (["restore"] if restoring else ["run", "--prune"])
     # Two pods share a volume that one node may mount: the server's, unless it does not run.
     assert ("affinity" in job) is not restoring
 
 
-def test_each_part_is_closed_and_bounded_in_the_cluster_and_as_podman_plays_it() -> None:
-    for played in pods(Manifests.read(), RED):
-        said = container(played)
-        assert said["securityContext"]["capabilities"]["drop"] == ["ALL"]
-        assert said["securityContext"]["allowPrivilegeEscalation"] is False
-        assert said["securityContext"].get("readOnlyRootFilesystem", False) is (played.part != "datadog")
-        assert said["resources"]["limits"]["memory"]
-        assert (said["image"], said["imagePullPolicy"]) == ("localhost/an:image", "Never")
-        assert "valueFrom" not in json.dumps(played.document)
-        assert all("opencode" not in each for each in (*played.volumes, *played.scratch, played.name))
-    alone = [each for each in RED.parts if each != "backup"]
-    users = [pod(Manifests.read(), RED, part).document["spec"]["securityContext"]["runAsUser"] for part in alone]
-    assert users == [1000, 1000, 1000, 100]
+def test_each_part_is_closed_and_bounded() -> None:
+    for part, service in services().items():
+        assert service["cap_drop"] == ["ALL"]
+        assert "cap_add" not in service
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service.get("read_only", False) is (part != "datadog")
+        assert service["mem_limit"]
+        assert service["pids_limit"] == 1024
+        # The databases are root without a capability: their fresh volumes are root's.
+        users = {"falkordb": "0:0", "valkey": "0:0", "datadog": "100"}
+        assert service["user"] == users.get(part, "1000:1000")
+    assert services()["backup"]["entrypoint"] == ["/app/scripts/backup", "schedule"]
 
 
-def test_only_the_server_is_published_and_on_loopback() -> None:
-    ports = {each.part: container(each).get("ports", []) for each in pods(Manifests.read(), RED)}
-    published = [(part, port["hostIP"], port["hostPort"]) for part, those in ports.items() for port in those]
-    assert published == [("opencode", "127.0.0.1", 5000)]
+def test_compose_says_what_the_manifests_say(tmp_path: Path) -> None:
+    documents = team(tmp_path, "datadog")
+    settings = dict(
+        line.split("=", 1)
+        for line in (ROOT / "deploy/kubernetes/base/settings.env").read_text().splitlines()
+        if not line.startswith("#")
+    )
+    for part, service in services().items():
+        pod = pod_of(documents, part)
+        (container,) = pod["containers"]
+        if part not in ("opencode", "backup"):  # an overlay has its own image of the server
+            assert container["image"] == databases.wanted(Settings(), part)
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert service.get("read_only", False) == container["securityContext"].get(
+            "readOnlyRootFilesystem", False
+        )
+        memory = container["resources"]["limits"]["memory"]
+        assert service["mem_limit"] == memory.replace("Gi", "g").replace("Mi", "m")
+        mounts = {mount["mountPath"] for mount in container.get("volumeMounts", [])}
+        ours = {mount.partition(":")[2] for mount in service.get("volumes", [])}
+        ours |= {mount.partition(":")[0] for mount in service.get("tmpfs", [])}
+        assert ours == mounts
+        if part in ("falkordb", "valkey"):
+            assert [text.replace("$$", "$") for text in service["command"]] == container["args"]
+            assert [word.replace("$$", "$") for word in service["healthcheck"]["test"][1:]] == (
+                container["livenessProbe"]["exec"]["command"]
+            )
+            assert PROBES[part] == container["startupProbe"]["exec"]["command"][-1]
+        if part in ("opencode", "backup"):
+            assert "kubernetes/base/settings.env" in service["env_file"]
+        given = {each["name"]: each.get("value") for each in container.get("env", [])}
+        fixed = {name: value for name, value in service["environment"].items() if "${" not in value}
+        fixed.pop("BACKUP_SCHEDULE", None)
+        assert fixed.items() <= given.items()
+    schedule = named(documents, "CronJob", "opencode-backup")["spec"]["schedule"]
+    assert services()["backup"]["environment"]["BACKUP_SCHEDULE"] == schedule
+    assert settings["FALKORDB_HOST"] in yaml.safe_load(databases.COMPOSE.read_text())["services"]
 
 
-@pytest.mark.parametrize("name", ["opencode", "opencode-2", "my-opencode", "red"])
-def test_the_backup_copies_the_volume_that_the_server_writes_to(name: str) -> None:
-    stack = replace(RED, name=name)
-    server, backup = (pod(Manifests.read(), stack, part) for part in ("opencode", "backup"))
-    assert set(server.volumes) & set(backup.volumes) == {f"state-{name}-0"}
-
-
-def test_where_nothing_can_be_bounded_nothing_is() -> None:
-    for bounded in (True, False):
-        for played in pods(Manifests.read(), replace(RED, bounded=bounded)):
-            limits = container(played)["resources"]["limits"]
-            assert ("memory" in limits) is bounded
-            assert "cpu" not in limits  # podman without root may bound memory and have no say in CPUs
-
-
-def test_each_part_is_given_its_own_secrets_and_no_others() -> None:
-    given = {each.part: environment(each) for each in pods(Manifests.read(), RED)}
+def test_each_part_is_given_its_own_secrets_and_no_argv_shows_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, variables = create_arguments(red(tmp_path), tmp_path, monkeypatch)
     held = {
-        part: {name for some in SECRETS.values() for name in some if name in variables}
-        for part, variables in given.items()
+        part: {name for some in SECRETS.values() for name in some if name in given}
+        for part, given in variables.items()
     }
     assert held == {
         "falkordb": {"FALKORDB_PASSWORD"},
         "valkey": {"VALKEY_PASSWORD"},
-        "opencode": {"OPENCODE_SERVER_PASSWORD", "FALKORDB_PASSWORD", "VALKEY_PASSWORD"},
+        "opencode": set(SECRETS["server.env"]),
         "backup": {"FALKORDB_PASSWORD", "VALKEY_PASSWORD", "BACKUP_PASSWORD"},
         "datadog": {"DD_API_KEY"},
     }
-    assert given["opencode"]["FALKORDB_HOST"] == "red-falkordb"
-    assert given["opencode"]["DD_AGENT_HOST"] == "red-datadog"
-    assert (given["backup"]["BACKUP_USER"], given["backup"]["BACKUP_SCHEDULE"]) == ("1000:1000", "23 3 * * *")
+    assert variables["opencode"]["FALKORDB_HOST"] == "opencode-falkordb"
+    assert variables["opencode"]["DD_AGENT_HOST"] == "opencode-datadog"
+    assert all("-e" not in each for each in words.values())
 
 
-def test_compose_says_what_the_manifests_say() -> None:
-    manifests = Manifests.read()
-    services = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())["services"]
-    stack = Stack("opencode", "127.0.0.1", 4096, {part: manifests.image(part) for part in PARTS}, SECRETS, agent=True)
-    for played in pods(manifests, stack):
-        service, said = services[played.name], container(played)
-        assert service["image"].partition(":-")[2].rstrip("}") == said["image"]
-        assert service["cap_drop"] == ["ALL"]
-        assert service.get("read_only", False) == said["securityContext"].get("readOnlyRootFilesystem", False)
-        memory = said["resources"]["limits"]["memory"].replace("Gi", "g").replace("Mi", "m")
-        assert service["mem_limit"] == memory
-        mounts = {mount.partition(":")[2] for mount in service.get("volumes", [])} - {"/var/tmp"}  # not to be kept
-        assert mounts == set(played.volumes.values())
-        if "args" in said:
-            assert [text.replace("$$", "$") for text in service["command"]] == said["args"]
-            assert service["healthcheck"]["test"][1:] == [
-                word.replace("$", "$$") for word in said["livenessProbe"]["exec"]["command"]
-            ]
-        fixed = {name: value for name, value in service["environment"].items() if "${" not in value}
-        assert fixed.items() <= environment(played).items()
+def test_only_the_server_is_published_and_on_loopback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, _ = create_arguments(red(tmp_path), tmp_path, monkeypatch)
+    published = {part: each[each.index("-p") + 1] for part, each in words.items() if "-p" in each}
+    assert published == {"opencode": "127.0.0.1:5000:4096"}
+    assert {part: each[-1] for part, each in words.items()}["opencode"] == "localhost/opencode:1"
+    names = {part: next(w for w in each if w.startswith("--name=")) for part, each in words.items()}
+    assert {part: f"--name={red(tmp_path).container(part)}" for part in PARTS} == names
+
+
+def test_the_backup_copies_the_volume_that_the_server_writes_to() -> None:
+    state = "state:/root/.local/share/opencode"
+    assert {part for part, each in services().items() if state in each.get("volumes", [])} == {
+        "opencode",
+        "backup",
+    }
+
+
+class Recorder(Engine):
+    """An engine that runs nothing: ``volumes`` is what it lists, ``commands`` what it was asked."""
+
+    volumes = ""
+    commands: list[list[str]] = []  # noqa: RUF012
+
+    def find_compose(self) -> list[str]:
+        return ["compose"]
+
+    def ask(self, argv: Any, **_: Any) -> Any:
+        self.commands.append(list(argv))
+        listing = self.volumes if "volume" in argv else ""
+        return podman_result(listing, ok="inspect" not in argv)
+
+
+def podman_result(stdout: str, *, ok: bool) -> Any:
+    from pipeline.core.process import Completed
+
+    return Completed((), 0 if ok else 1, stdout, "", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("volumes", "bounded", "files"),
+    [
+        ("red_state", True, ["compose.yaml"]),
+        ("state-red-0\nother", True, ["compose.yaml", "compose.pods.yaml"]),
+        ("state-blue-0", False, ["compose.yaml", "compose.unbounded.yaml"]),
+    ],
+)
+def test_which_files_are_used(tmp_path: Path, volumes: str, bounded: Any, files: list[str]) -> None:
+    engine = Recorder("podman", "/p", "5.0", bounded=bounded)
+    Recorder.volumes, Recorder.commands = volumes, []
+    red(tmp_path, engine).start("valkey", "opencode")
+    argv = Recorder.commands[-1]
+    assert [Path(argv[at + 1]).name for at, word in enumerate(argv) if word == "--file"] == files
+    assert argv[-5:] == ["up", "--detach", "--no-deps", "opencode-valkey", "opencode"]
+
+
+def test_a_stack_of_pods_keeps_its_volumes_and_who_owns_them() -> None:
+    described = yaml.safe_load(PODS.read_text())
+    ours = yaml.safe_load(databases.COMPOSE.read_text())["volumes"]
+    assert [f"{{}}_{name}" for name in ours] == list(VOLUMES)
+    names = [pattern.format("${OPENCODE_STACK:-opencode}") for pattern in POD_VOLUMES]
+    assert [each["name"] for each in described["volumes"].values()] == names
+    assert names[0] == "state-${OPENCODE_STACK:-opencode}-0"
+    assert {each["user"] for each in described["services"].values()} == {"1000:1000"}
 
 
 def test_secrets_are_made_once_and_for_their_owner_alone(tmp_path: Path) -> None:
@@ -166,18 +262,29 @@ def test_secrets_are_made_once_and_for_their_owner_alone(tmp_path: Path) -> None
     assert secrets.ensure(home, {}) == []
     assert secrets.ensure(home, {"DD_API_KEY": "k", "DD_SITE": ""}) == ["datadog.env"]
     assert secrets.ensure(home, {"DD_API_KEY": "another"}) == []
-    assert secrets.read(home)["opencode-datadog"] == {"DD_API_KEY": "k"}
+    assert secrets.read(home)["datadog.env"] == {"DD_API_KEY": "k"}
     with (home / "server.env").open("a") as file:
         file.write("OPENAI_API_KEY=sk-1\n")
-    assert secrets.read(home)["opencode-server"] == first["opencode-server"] | {"OPENAI_API_KEY": "sk-1"}
+    expected = first["server.env"] | {"OPENAI_API_KEY": "sk-1"}
+    assert secrets.read(home)["server.env"] == expected
+
+
+def test_an_empty_password_is_no_password(tmp_path: Path) -> None:
+    path = tmp_path / "server.env"
+    path.touch(0o600)
+    path.write_text("OPENCODE_SERVER_PASSWORD=\n")
+    with pytest.raises(SecretsRefused, match=r"server\.env has no OPENCODE_SERVER_PASSWORD"):
+        secrets.check_passwords(secrets.read(tmp_path))
+    secrets.ensure(tmp_path, {})
+    secrets.check_passwords(secrets.read(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("mode", "text", "what"),
     [
-        (0o644, "OPENCODE_SERVER_PASSWORD=x", "can be read by others"),
-        (0o600, "OPENCODE_SERVER_PASSWORD=", "is empty"),
+        (0o644, "OPENCODE_SERVER_PASSWORD=x", "accessible by other users"),
         (0o600, 'VALKEY_PASSWORD=a"b', "a quote"),
+        (0o600, "OPENAI_API_KEY=a$b", "a quote"),
     ],
 )
 def test_secrets_that_are_none_are_refused(tmp_path: Path, mode: int, text: str, what: str) -> None:
@@ -189,42 +296,35 @@ def test_secrets_that_are_none_are_refused(tmp_path: Path, mode: int, text: str,
 
 
 def test_what_is_wrong_is_said_in_a_sentence_each() -> None:
-    up = State(there=True, running=True)
-    states = {"falkordb": State(there=True, code=137, oom=True), "valkey": up, "opencode": up, "backup": State()}
-    answers = {"falkordb": {"state": "failing", "detail": "it hangs"}, "datadog": {"state": "absent", "detail": ""}}
+    now = datetime.now(UTC)
+    up = State(exists=True, running=True, since=now.isoformat())
+    states = {
+        "falkordb": State(exists=True, code=137, oom=True),
+        "valkey": up,
+        "opencode": up,
+        "backup": State(),
+    }
+    answers = {
+        "falkordb": {"state": "failing", "detail": "it hangs"},
+        "datadog": {"state": "absent", "detail": ""},
+    }
     volumes = [Volume("valkey", "/var/lib/opencode", 1, 95), Volume("opencode", "/workspace", 1, 5)]
-    found = list(health.faults(Health(states, answers, {}, volumes, {"code": 60, "said": "Late: none\nmore"})))
+    late = {"code": 60, "message": "Late: none"}
+    found = list(health.problems(Health(states, answers, late, volumes)))
     assert [sentence.split(":")[0] for sentence in found] == [
-        "falkordb is down, it was out of memory",
-        "backup is not up",
+        "falkordb ran out of memory",
+        "backup is not running",
         "falkordb is failing",
-        "valkey's /var/lib/opencode lies on a disk that is 95 % full",
+        "the disk of valkey's /var/lib/opencode is 95% full",
         "backup",
     ]
-    now = datetime.now(UTC)
     since = {
         part: f"{now - timedelta(hours=ago):%Y-%m-%dT%H:%M:%S}.123456789Z"
         for part, ago in (("valkey", 2), ("opencode", 0))
     }
-    again = {part: State(there=True, running=True, restarts=2, since=moment) for part, moment in since.items()}
-    (recent,) = health.faults(Health(again, {}, {}, volumes[1:], {"code": 0, "said": "ok"}))
-    assert recent.startswith("opencode has ended 2 times")
-
-
-def test_podman_is_told_the_bounds_beside_or_within_what_its_user_has_said() -> None:
-    limits = ("--ulimit", "nofile=1:1")
-    old, new = (Engine("podman", "podman", version, limits=limits) for version in ("4.3.1", "5.2.0"))
-    text, variable = old.containers_conf({"containers": {"tz": "local"}, "engine": {"runtime": "runc"}})
-    assert variable == "CONTAINERS_CONF"
-    assert 'tz = "local"' in text
-    assert 'default_ulimits = ["nofile=1:1"]' in text
-    assert 'runtime = "runc"' in text
-    text, variable = new.containers_conf({"engine": {"runtime": "runc"}})
-    assert (variable, text) == (
-        "CONTAINERS_CONF_OVERRIDE",
-        '[containers]\npids_limit = 1024\ndefault_ulimits = ["nofile=1:1"]\n',
-    )
-    given = {"engine": {"runtimes": {"runc": ["/usr/bin/runc"]}, "service_destinations": {"a b": {"uri": "ssh://x"}}}}
-    said = tomllib.loads(old.containers_conf(given)[0])
-    assert said["engine"] == given["engine"]
-    assert "pids_limit" not in tomllib.loads(replace(old, bounded=False).containers_conf({})[0])["containers"]
+    again = {
+        part: State(exists=True, running=True, restarts=2, since=moment)
+        for part, moment in since.items()
+    }
+    (recent,) = health.problems(Health(again, {}, {"code": 0}, volumes[1:]))
+    assert recent.startswith("opencode has restarted 2 times")

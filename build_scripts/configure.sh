@@ -1,0 +1,12 @@
+#!/bin/sh
+# configure.sh: system-wide settings of programs that agents use, for any user on a read-only root.
+set -eu
+
+# The container is the security boundary. Without this, git refuses a project of another user, and OpenCode then has no
+# diffs, undo or project for it.
+printf '[safe]\n\tdirectory = *\n' >/etc/gitconfig
+
+# The web terminal starts a login shell, and Debian's /etc/profile resets PATH.
+cat >/etc/profile.d/opencode-server.sh <<'END'
+PATH=/app/scripts:/opt/venv/bin:$PATH
+END

@@ -1,0 +1,1 @@
+"""podman and docker: their command lines, which one works here, and containers."""

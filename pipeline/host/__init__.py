@@ -1,0 +1,1 @@
+"""Setup, doctor and the checks of the repository."""

@@ -1,0 +1,1 @@
+"""Build the image and describe what is in it."""

@@ -1,0 +1,1 @@
+"""What a build starts from: OpenAgents, the base image and extra CAs."""

@@ -1,0 +1,1 @@
+"""Which image is latest, and how it becomes so: bump, nightly, promote, prune, push."""

@@ -1,0 +1,1 @@
+"""Start an image, run the probes, and report."""

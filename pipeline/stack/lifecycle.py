@@ -1,0 +1,223 @@
+"""``up``, ``down``, ``logs`` and ``shell``."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+from filelock import FileLock, Timeout
+
+from pipeline.core.console import log, ok
+from pipeline.core.errors import (
+    NoStack,
+    NoSuchRelease,
+    PartDown,
+    StackBusy,
+    VolumesKept,
+)
+from pipeline.core.settings import Settings
+from pipeline.engines.engine import Engine
+from pipeline.stack import databases, secrets
+from pipeline.stack.compose import PARTS, Project, image_tag, other_parts, project_of
+
+LOCK_SECONDS = 2
+
+PROBES = {
+    "falkordb": "REDISCLI_AUTH=$FALKORDB_PASSWORD redis-cli -p 6379 ping | grep -q PONG",
+    "valkey": "REDISCLI_AUTH=$VALKEY_PASSWORD valkey-cli -p 6380 ping | grep -q PONG",
+    "opencode": "/app/scripts/health",
+}
+"""Commands that succeed once a part is ready: the startup probes of deploy/kubernetes."""
+
+PROBE_SECONDS = 3
+"""A request that arrives while OpenCode opens its socket is never answered: try again early."""
+
+LOG_CAUSES = {
+    "No space left on device": "its volume is full",
+    "MISCONF": "its volume is full",
+    "Bad file format reading the append only file": "its file on disk is damaged",
+    "Wrong signature": "its file on disk is damaged",
+    "Unexpected end of file reading": "its file on disk is damaged",
+}
+"""What the databases log, and what it means."""
+
+
+@contextlib.contextmanager
+def exclusive(settings: Settings) -> Iterator[None]:
+    """Hold the stack's lock. Raises StackBusy."""
+    home = secrets.home(settings)
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        with FileLock(home / "lock", timeout=LOCK_SECONDS):
+            yield
+    except Timeout:
+        raise StackBusy(
+            f"another command is changing the stack {settings.stack.name}",
+            "Wait until it has finished: inv status.",
+        ) from None
+
+
+def up(settings: Settings, engine: Engine, *, dry_run: bool = False) -> None:
+    """Start the parts that are not running, wait until all answer, and print how to connect.
+
+    Raises NoSuchRelease, SecretsRefused, StackBusy, PortTaken, PartDown, DatabaseImageMissing,
+    ComposeMissing.
+    """
+    tag = engine.local(image_tag(settings))
+    if not engine.image(tag):
+        tag = engine.local(f"{settings.image}:latest")
+    if not engine.image(tag):
+        raise NoSuchRelease(
+            f"{engine.name} has no image {tag}",
+            "Build one: inv fetch build smoke. Or pull one: inv pull.",
+        )
+    if dry_run:
+        project = project_of(settings, engine)
+        log(f"up: would start {', '.join(project.parts)} from {tag}")
+        log(f"up: on {project.address}, with the secrets in {project.home}")
+        return
+    with exclusive(settings):
+        for name in secrets.ensure(secrets.home(settings)):
+            log(f"wrote {secrets.home(settings) / name}")
+        engine.tag(tag, image_tag(settings))
+        for part in other_parts(secrets.read(secrets.home(settings))):
+            databases.ensure(settings, engine, part, tag)
+        project = project_of(settings, engine)
+        _start_missing(project)
+        _print_address(project)
+
+
+def _start_missing(project: Project) -> None:
+    """Start what is not running and wait for all parts; make the first backup in the background."""
+    states = {part: project.state(part) for part in project.parts}
+    missing = [part for part in project.parts if not states[part].running]
+    began = time.monotonic()
+    if missing:
+        project.start(*missing)
+    else:
+        ok(f"all {len(states)} parts are already running")
+    for part in project.parts:
+        wait(project, part, 0 if part in missing else states[part].restarts)
+        if part in missing:
+            ok(f"{part:9} ready after {time.monotonic() - began:.1f} s")
+    if "backup" in missing and not project.backup("status").ok:
+        command = ["/app/scripts/backup", "run", "--create"]
+        engine = project.engine
+        engine.ask(engine.exec(project.container("backup"), *command, detach=True))
+
+
+def wait(project: Project, part: str, restarts: int = 0) -> None:
+    """Wait until a part answers; ``restarts`` is its restart count so far. Raises PartDown."""
+    seconds = project.settings.stack.ready_seconds
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        state = project.state(part)
+        if not state.running:
+            raise _part_down(project, part, f"exited with code {state.code}")
+        if state.restarts > restarts:
+            raise _part_down(project, part, "keeps restarting")
+        if part not in PROBES:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if project.exec(part, "sh", "-c", PROBES[part], timeout=PROBE_SECONDS).ok:
+                return
+        time.sleep(0.1)
+    raise _part_down(project, part, f"no answer within {seconds:g} s")
+
+
+def _part_down(project: Project, part: str, reason: str) -> PartDown:
+    """Return the error for a part that does not run, with the end of its log."""
+    done = project.engine.ask(project.engine.logs(project.container(part), 15))
+    output = done.stdout + done.stderr
+    for words, cause in LOG_CAUSES.items():
+        if words in output:
+            reason = f"{reason}: {cause}"
+            break
+    remedy = f"See its log above, inv logs --part {part}, and docs/operations.md."
+    return PartDown(f"{part}: {reason}", remedy, output)
+
+
+def _print_address(project: Project) -> None:
+    path = project.home / secrets.SERVER
+    url = f"http://{project.address}".replace("0.0.0.0", "127.0.0.1")  # noqa: S104
+    log(f"The server is at {url}. User: opencode. Password: OPENCODE_SERVER_PASSWORD in {path}.")
+    log(f"  (. {path}; export OPENCODE_SERVER_PASSWORD; opencode attach {url})")
+
+
+def down(
+    settings: Settings,
+    engine: Engine,
+    *,
+    volumes: bool = False,
+    yes: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Stop the stack and remove its containers; with ``volumes`` and ``yes`` its volumes too.
+
+    Raises VolumesKept, StackBusy, EngineBroken.
+    """
+    project = project_of(settings, engine)
+    names = ", ".join(project.volumes()) or "none"
+    if volumes and not yes and not dry_run:
+        raise VolumesKept(
+            f"refusing to delete volumes without --yes: {names}",
+            "inv down --volumes --yes deletes all sessions, files, memories and local backups.",
+        )
+    existing = [part for part in PARTS if project.state(part).exists]
+    listed = ", ".join(existing) or "nothing is running"
+    if dry_run:
+        log(f"down: would stop: {listed}; volumes to {'delete' if volumes else 'keep'}: {names}")
+        return
+    with exclusive(settings):
+        project.remove(*existing)
+        engine.ask(engine.remove_network(f"{project.name}_default"))
+        ok(f"stopped: {listed}")
+        if volumes:
+            _delete_volumes(project)
+        log(f"volumes {'deleted' if volumes else 'kept'}: {names}")
+
+
+def _delete_volumes(project: Project) -> None:
+    """Delete the volumes, the upgrade record and the tags of this stack. Raises EngineBroken."""
+    engine = project.engine
+    if existing := project.volumes():
+        engine.must("volume rm", *existing)
+    project.note.unlink(missing_ok=True)
+    for tag in (image_tag(project.settings), databases.used_tag(project.settings)):
+        engine.ask(engine.remove_image(engine.local(tag)))
+
+
+def logs(
+    settings: Settings, engine: Engine, part: str = "", *, follow: bool = False, lines: int = 50
+) -> None:
+    """Print the last lines of a part's output, or of all parts. Raises NoStack.
+
+    ``follow`` prints one part's output, the server's by default, until interrupted.
+    """
+    project = project_of(settings, engine)
+    if follow and not part:
+        part = "opencode"
+    for name in [part] if part else project.parts:
+        container = _container(project, name)
+        if not part:
+            log(f"--- {name}")
+        sys.stdout.flush()
+        argv = engine.logs(container, lines, follow=follow)
+        engine.ask(argv, timeout=None, terminal=True)
+
+
+def shell(settings: Settings, engine: Engine, part: str = "opencode") -> None:
+    """Open bash in a part's container. Raises NoStack."""
+    container = _container(project_of(settings, engine), part)
+    argv = engine.exec(container, "bash", interactive=True, tty=sys.stdin.isatty())
+    engine.ask(argv, timeout=None, terminal=True)
+
+
+def _container(project: Project, part: str) -> str:
+    """Return the container of a part that exists. Raises NoStack."""
+    if not project.state(part).exists:
+        raise NoStack(f"the stack has no {part}", "Start it: inv up.")
+    return project.container(part)

@@ -1,0 +1,1 @@
+"""Modules of what runs inside the image; the commands are one folder up."""

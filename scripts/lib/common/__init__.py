@@ -1,0 +1,1 @@
+"""What status, memory and backup share: settings from the environment, databases, Datadog."""

@@ -1,0 +1,116 @@
+"""Graphiti's driver and models: writes in one transaction, few retries. Imports Graphiti."""
+
+from typing import Any
+
+import openai
+from graphiti_core.cross_encoder.openai_reranker_client import OpenAIRerankerClient
+from graphiti_core.driver.falkordb_driver import FalkorDriver, FalkorDriverSession
+from graphiti_core.embedder.openai import OpenAIEmbedder, OpenAIEmbedderConfig
+from graphiti_core.llm_client import LLMConfig, OpenAIClient
+from graphiti_core.llm_client.client import LLMClient
+from graphiti_core.llm_client.errors import RateLimitError
+from graphiti_core.llm_client.openai_generic_client import OpenAIGenericClient
+from tenacity import stop_after_attempt
+
+from lib.memory.graph import Query, Superseded, combine
+from lib.memory.settings import Settings
+
+OUTAGES = (
+    openai.APIConnectionError,
+    openai.RateLimitError,
+    openai.AuthenticationError,
+    openai.PermissionDeniedError,
+    openai.NotFoundError,
+    RateLimitError,
+)
+"""Errors that are not due to the memory: no connection, rate limit, wrong key, no such model."""
+
+AMBIGUOUS = (openai.APITimeoutError, openai.InternalServerError)
+"""Errors of a model that is down, or that fails on this memory."""
+
+# OpenAI's client retries as Retry-After says, and the queue retries after it. Graphiti's own
+# retries between the two would sleep for up to two minutes each, and have no public setting.
+LLMClient._generate_response_with_retry.retry.stop = stop_after_attempt(1)  # noqa: SLF001
+
+
+class Session(FalkorDriverSession):  # type: ignore[misc]
+    """Collects the writes of one function of Graphiti and sends them as one query."""
+
+    def __init__(self, driver: "Driver") -> None:
+        super().__init__(None)
+        self._driver = driver
+        self._queries: list[Query] = []
+
+    async def execute_write(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a function that writes, then send what it wrote."""
+        result = await func(self, *args, **kwargs)
+        await self._driver.transact(self._queries)
+        return result
+
+    async def run(self, query: str | list[Query], **kwargs: Any) -> None:
+        """Collect a query, or several."""
+        self._queries += query if isinstance(query, list) else [(query, kwargs)]
+
+
+class Driver(FalkorDriver):  # type: ignore[misc]
+    """Graphiti's driver of one graph; each write starts with ``fence`` and needs its match."""
+
+    fence: Query | None = None
+
+    def session(self, database: str | None = None) -> Session:  # noqa: ARG002 -- Graphiti's interface
+        """Return a session; the driver has only one graph."""
+        return Session(self)
+
+    async def transact(self, queries: list[Query]) -> None:
+        """Run queries as one. Raises Superseded when the fence matches nothing."""
+        query, params = combine(queries, *(self.fence or ()))
+        rows, _, _ = await self.execute_query(query, **params)
+        if not rows:
+            raise Superseded
+
+
+class Model:
+    """The language model, the embedder, and the reranker, which Graphiti requires."""
+
+    def __init__(self, settings: Settings) -> None:
+        openai_key = settings.openai.api_key or "none"
+        openai_url = settings.openai.base_url or None
+        timeout = settings.timeout
+        self._client = openai.AsyncOpenAI(
+            api_key=openai_key,
+            base_url=openai_url,
+            timeout=timeout,
+        )
+        embedding_client = openai.AsyncOpenAI(
+            api_key=settings.embedding_api_key or openai_key,
+            base_url=settings.embedding_base_url or openai_url,
+            timeout=timeout,
+        )
+        small_model = settings.small_model or settings.model or None
+        config = LLMConfig(
+            openai_key,
+            settings.model or None,
+            openai_url,
+            small_model=small_model,
+        )
+        if settings.api == "responses":
+            self.llm = OpenAIClient(config, client=self._client)
+        else:
+            mode = "json_object" if settings.api == "json" else "json_schema"
+            self.llm = OpenAIGenericClient(
+                config,
+                client=self._client,
+                structured_output_mode=mode,
+            )
+        embedding = OpenAIEmbedderConfig(
+            embedding_model=settings.embedding_model, embedding_dim=settings.embedding_dim
+        )
+        self.embedder = OpenAIEmbedder(embedding, embedding_client)
+        self.reranker = OpenAIRerankerClient(config, client=self._client)
+
+    async def ping(self) -> None:
+        """Send a small request to the embedder and to the model."""
+        await self.embedder.create(input_data=["ok"])
+        messages = [{"role": "user", "content": "Say ok."}]
+        model = self.llm.model or "gpt-4.1-mini"
+        await self._client.chat.completions.create(model=model, messages=messages)
