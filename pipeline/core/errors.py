@@ -262,7 +262,7 @@ class RegistryUnreachable(PipelineError):
 
 
 class ScheduleFailed(PipelineError):
-    """The crontab cannot be read or written."""
+    """crontab is not installed, or the crontab cannot be read or written."""
 
     exit_code = 69
 

@@ -1,4 +1,8 @@
-"""The entry in the user's crontab that runs ``nightly`` every night."""
+"""The entry in the user's crontab that runs ``nightly`` every night.
+
+The entry names a script, build/nightly.sh, that sets the environment: cron passes on none of it,
+ends a command at an unescaped % and refuses one of more than 998 characters (crontab(5)).
+"""
 
 from __future__ import annotations
 
@@ -20,26 +24,16 @@ from pipeline.inputs.ca import VARIABLES
 DELAY_SECONDS = 3600
 """A night starts at a random moment within this time, which spreads the load on registries."""
 
-KEPT = (
-    "CONTAINER",
-    "DOCKER_",
-    "GIT_SSL_",
-    "INVOKE_",
-    "NO_PROXY",
-    "NPM_CONFIG_",
-    "PIP_INDEX_URL",
-    "UV_",
-    "XDG_",
-    "http_proxy",
-    "https_proxy",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    *VARIABLES,
+PASSED_ON = re.compile(
+    rf"PATH|LANG|LC_\w+|TMPDIR|SSL_CERT_DIR|{'|'.join(VARIABLES)}|(ALL|HTTPS?|NO)_PROXY"
+    r"|DD_(API_KEY|SITE|URL)|GIT_(ASKPASS|CONFIG|PROXY|SSH|SSL)\w*|XDG_(CACHE|CONFIG|DATA)_\w+"
+    r"|(BUILDAH|BUILDKIT|BUILDX|CONTAINERS?|DOCKER|INVOKE|NPM_CONFIG|PIP|REGISTRY|UV)_\w+",
+    re.IGNORECASE,
 )
-"""Prefixes of the variables that go into the entry: cron passes on none of them."""
+"""The variables that a night needs. Proxies and npm's are also spelled in lower case."""
 
-SECRET = re.compile(r"^\w*(TOKEN|KEY|SECRET|PASS|AUTH|WEBHOOK)\w*=|://[^/]*@", re.IGNORECASE)
-"""A variable whose name or value, as NAME=VALUE, suggests a secret."""
+SESSION = re.compile(r"(DBUS|XDG)_\w+|SSH_A\w+")
+"""Variables that name something which ends when the user logs out."""
 
 
 def schedule(
@@ -63,6 +57,7 @@ def schedule(
 
     digest = hashlib.sha256(str(root).encode()).hexdigest()
     name = f"opencode-server-nightly-{digest[:6]}"
+    file = root / "build/nightly.sh"
     try:
         table = CronTab(user=True)
         entries = list(table.find_comment(name))
@@ -71,43 +66,58 @@ def schedule(
             return
         table.remove_all(comment=name)
         if not remove:
-            entry = table.new(command(root), comment=name)
+            text = script(root)
+            # python-crontab escapes %.
+            entry = table.new(shlex.join(["/bin/sh", str(file)]), comment=name)
             entry.setall(start)
             log(str(entry))
+            if not dry_run:
+                _write(file, text)
         if not dry_run:
             table.write()
+            if remove:
+                file.unlink(missing_ok=True)
             ok("crontab: entry removed" if remove else f"crontab: nightly runs after {start:%H:%M}")
     except OSError as error:
         raise ScheduleFailed(
-            "the crontab cannot be read or written",
-            "Check that this user may have one: crontab -l",
+            f"the crontab or {file} cannot be written",
+            "Check that this user may have a crontab: crontab -l",
             str(error),
         ) from error
 
 
-def command(root: Path, environ: Mapping[str, str] = os.environ) -> str:
-    """Return the entry's command, with the variables that a night needs.
+def script(root: Path, environ: Mapping[str, str] = os.environ) -> str:
+    """Return the script that the entry runs; print which variables it sets and which it does not.
 
-    Variables that may hold a secret are left out, with a warning.
+    Raises SettingRefused for a path or a value with a line break.
     """
-    variables = [f"PATH={environ.get('PATH', os.defpath)}"]
-    for name, value in sorted(environ.items()):
-        variable = f"{name}={value}"
-        if not name.startswith(KEPT) or "\n" in value:
-            continue
-        if SECRET.search(variable):
-            warn(f"{name} may hold a secret and is left out: set it in the crontab (crontab -e)")
-        else:
-            variables.append(variable)
-    inv = [
-        str(root / "inv"),
-        "nightly",
-        "--log",
-        "--delay",
-        str(DELAY_SECONDS),
-    ]
-    # In a crontab an unescaped % ends the command: crontab(5).
-    return shlex.join(["/usr/bin/env", *variables, *inv]).replace("%", r"\%")
+    names = [name for name in environ if PASSED_ON.fullmatch(name)]
+    passed_on = {name: environ[name] for name in sorted(names)}
+    for name, value in {"the path of the checkout": str(root), **passed_on}.items():
+        if re.search(r"[\r\n]", value):
+            raise SettingRefused(f"{name} contains a line break", "Correct it, or unset it.")
+    log(f"schedule: build/nightly.sh (mode 0600) sets {', '.join(passed_on)}")
+    others = environ.keys() - passed_on
+    session = [name for name in sorted(others) if SESSION.fullmatch(name)]
+    if session:
+        warn(f"left out, since they end with your login session: {', '.join(session)}")
+    log(f"schedule: not passed on: {', '.join(sorted(others - {*session}))}")
+    for name, value in passed_on.items():
+        if "/run/user/" in value:
+            warn(f"{name} is in /run/user: keep that after log-out: loginctl enable-linger")
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in passed_on.items()]
+    night = f"exec {shlex.quote(str(root / 'inv'))} nightly --log --delay {DELAY_SECONDS}"
+    return "\n".join(["# Written by inv schedule.", *lines, night, ""])
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file that only its owner can read, since it may hold credentials."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".part")
+    draft.unlink(missing_ok=True)
+    draft.touch(0o600)
+    draft.write_text(text)
+    draft.replace(file)
 
 
 def _time(at: str) -> time:

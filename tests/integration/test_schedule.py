@@ -59,59 +59,90 @@ def test_the_entry_is_installed_once_shown_and_removed_and_others_stay(tmp_path:
         python(f"schedule(remove=True, root={root})"),
         "crontab -l",
     ]
-    env = {
-        "INVOKE_ENGINE": "docker",
-        "UV_INDEX_TOKEN": "x" * 9,
-        "HTTPS_PROXY": "http://me:hidden@proxy:1",
-    }
+    env = {"INVOKE_ENGINE": "docker"}
     done = alone(tmp_path, " && ".join(steps), **env)
     assert done.returncode == 0, done.stderr
     dry, installed, shown, removed = done.stdout.split("====\n")
     mine = "5 4 * * * echo 100\\% mine # keep"
     assert dry.splitlines()[-1] == mine, "a dry run writes nothing"
     table = installed[installed.index(mine) :]
-    entries = [line for line in table.splitlines() if "inv" in line]
+    entries = [line for line in table.splitlines() if "nightly.sh" in line]
     assert len(entries) == 1
-    assert entries[0].startswith("18 4 * * * /usr/bin/env PATH=")
-    assert f"'{tmp_path}/check out/inv' nightly --log --delay 3600" in entries[0]
-    assert "INVOKE_ENGINE=docker" in entries[0]
-    assert "hidden" not in done.stdout
-    assert "x" * 9 not in done.stdout
-    for name in ("HTTPS_PROXY", "UV_INDEX_TOKEN"):
-        assert f"!!    {name} may hold a secret and is left out" in installed
+    script = f"'{tmp_path}/check out/build/nightly.sh'"
+    assert entries[0].startswith(f"18 4 * * * /bin/sh {script} # opencode-server-nightly-")
     assert shown.strip() == entries[0]
     assert removed.splitlines()[-1] == mine
-    assert "inv" not in removed
+    assert "nightly.sh" not in removed
+    assert list((tmp_path / "check out/build").iterdir()) == []
+
+
+def test_the_script_sets_what_a_night_needs_and_the_rest_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    passed_on = {
+        "https_proxy": "http://me:it's@proxy:1",
+        "no_proxy": "git.intern",
+        "npm_config_registry": "https://npm.intern/100%",
+        "UV_INDEX_TOKEN": "s3cret",
+        "GIT_SSH_COMMAND": "ssh -i key",
+        "DOCKER_HOST": "unix:///run/user/1000/docker.sock",
+    }
+    dropped = {"XDG_RUNTIME_DIR": "/run/user/1000", "SSH_AUTH_SOCK": "/tmp/a", "GIT_DIR": "/g"}
+    (tmp_path / "inv").write_text("#!/bin/sh\nexec env\n")
+    (tmp_path / "inv").chmod(0o755)
+    schedule._write(
+        file := tmp_path / "build/nightly.sh", schedule.script(tmp_path, {**passed_on, **dropped})
+    )
+    assert file.stat().st_mode & 0o777 == 0o600
+    env = subprocess.run(["/bin/sh", file], env={}, capture_output=True, text=True, check=True)
+    assert {*passed_on.items()} <= {tuple(line.split("=", 1)) for line in env.stdout.splitlines()}
+    assert not [name for name in dropped if name in env.stdout]
+    out = capsys.readouterr().out
+    assert "left out, since they end with your login session: SSH_AUTH_SOCK, XDG_RUNTIME_DIR" in out
+    assert "not passed on: GIT_DIR" in out
+    assert "!!    DOCKER_HOST is in /run/user" in out
+    assert "s3cret" not in out
+    assert "it's" not in out
+    for root, environ in ((tmp_path / "a\n* * * * * id", {}), (tmp_path, {"PIP_CERT": "a\r\nb"})):
+        with pytest.raises(SettingRefused, match="contains a line break"):
+            schedule.script(root, environ)
 
 
 def small_checkout(tmp_path: Path) -> Path:
     """Return a checkout whose ./inv has no .venv, and whose night is over where it looks for an
     engine.
     """
-    root = tmp_path / "checkout"
+    root = tmp_path / "check out 100% é"
     shutil.copytree(
         ROOT / "pipeline", root / "pipeline", ignore=shutil.ignore_patterns("__pycache__")
     )
     for name in ("tasks.py", "releases.py", "stacks.py", "invoke.yaml"):
         shutil.copy(ROOT / name, root / name)
     (root / "inv").write_text(
-        f'#!/bin/sh\nexec {sys.executable} -P -m invoke --search-root {root} "$@"\n'
+        f"#!/bin/sh\nexec {sys.executable} -P -m invoke --search-root '{root}' \"$@\"\n"
     )
     (root / "inv").chmod(0o755)
     return root
 
 
 def test_a_real_cron_starts_a_real_night(tmp_path: Path) -> None:
-    """At 03:17 by cron's own clock, which begins at seven seconds to."""
+    """At 03:17 by cron's own clock, which begins at seven seconds to.
+
+    The path has what cron and shells treat specially, and the environment is too long for an entry.
+    """
     root = small_checkout(tmp_path)
     install = f"schedule(at='03:17', root=Path({str(root)!r}))"
     at_once = f"import pipeline.release.schedule as s; s.DELAY_SECONDS = 0; {install}"
     history = root / "build/history.jsonl"
     watch = (
         "faketime -f '@2027-01-15 03:16:53' cron -f >/dev/null 2>&1 & n=0; "
-        f"until [ -s {history} ] || [ $n = 600 ]; do n=$((n + 1)); sleep 0.1; done; kill $(cat {tmp_path}/pid)"
+        f"until [ -s '{history}' ] || [ $n = 600 ]; do n=$((n + 1)); sleep 0.1; done; kill $(cat {tmp_path}/pid)"
     )
-    env = {"INVOKE_ENGINE": "docker", "DOCKER_HOST": f"unix://{tmp_path}/none"}
+    env = {
+        "INVOKE_ENGINE": "docker",
+        "DOCKER_HOST": f"unix://{tmp_path}/none",
+        "PATH": f"{os.environ['PATH']}:/{'long/' * 300}",
+    }
     done = alone(tmp_path, f"{python(at_once)} && {{ {watch}; }}", **env)
     assert done.returncode == 0, done.stderr
     record = json.loads((root / "build/history.jsonl").read_text())
