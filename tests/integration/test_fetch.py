@@ -138,7 +138,11 @@ def fetch(vendor: Path, **options: Any) -> openagents.Record:
 
 
 def start(
-    vendor: Path, prelude: str = "", before: tuple[str, ...] = (), **options: Any
+    vendor: Path,
+    prelude: str = "",
+    before: tuple[str, ...] = (),
+    env: dict[str, str] | None = None,
+    **options: Any,
 ) -> subprocess.Popen[str]:
     words = [
         str(openagents.PIN),
@@ -148,6 +152,7 @@ def start(
     return subprocess.Popen(
         [*before, sys.executable, "-c", DRIVER, *words, json.dumps(options), prelude],
         cwd=ROOT,
+        env={**os.environ, **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -465,6 +470,32 @@ def test_an_empty_directory_is_nothing(vendor: Path, upstream: Upstream) -> None
     (vendor / "OpenAgents").mkdir(parents=True)
     assert openagents.read(vendor) is None
     assert fetch(vendor).commit == upstream.one
+
+
+@pytest.mark.usefixtures("server")
+def test_a_fetch_in_a_git_hook_leaves_the_users_repository_alone(
+    vendor: Path, upstream: Upstream, tmp_path: Path
+) -> None:
+    """git gives a hook in a linked worktree all of these, see githooks(5)."""
+    main, linked = tmp_path / "main", tmp_path / "linked"
+    main.mkdir()
+    git(main, "init", "-q")
+    git(main, "commit", "-q", "--allow-empty", "-m", "mine")
+    git(main, "worktree", "add", "-q", str(linked))
+    private = git(linked, "rev-parse", "--absolute-git-dir")
+    names = git(main, "rev-parse", "--local-env-vars").split()
+    env = dict.fromkeys({*names, "GIT_QUARANTINE_PATH", "GIT_NAMESPACE"}, private)
+    env |= {"GIT_INDEX_FILE": f"{private}/index", "GIT_COMMON_DIR": str(main / ".git")}
+    # Settings are no place, and reach git.
+    env |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "user.name", "GIT_CONFIG_VALUE_0": "me"}
+    env["GIT_CONFIG_PARAMETERS"] = "'user.name=me'"
+    before = sorted((path, path.read_bytes()) for path in main.rglob("*") if path.is_file())
+    child = start(vendor, env=env, ref=upstream.two)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 0, said
+    assert before == sorted((path, path.read_bytes()) for path in main.rglob("*") if path.is_file())
+    assert git(linked, "status", "--porcelain") == ""
+    assert git(vendor / "OpenAgents", "rev-parse", "HEAD") == upstream.two
 
 
 @pytest.mark.parametrize("name", ["vendor", "vendor/OpenAgents"])
