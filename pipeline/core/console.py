@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -30,28 +31,42 @@ def console() -> Console:
     )
 
 
-def log(text: str) -> None:
-    """Print a line of progress.
+CONTROL = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+)
+"""Escape sequences of terminals, and characters that control them or the direction of text."""
+
+
+def printable(text: str) -> str:
+    """Return ``text`` without control characters, except tabs and newlines.
+
+    Names, commits and logs that come from others may hold them.
+    """
+    return CONTROL.sub("", text)
+
+
+def log(text: str, style: str = "") -> None:
+    """Print a line of progress; ``style`` is one of rich's, such as dim.
 
     Text in square brackets is printed as it is, not taken for rich's markup.
     """
-    console().print(text, markup=False)
+    console().print(printable(text), style=style, markup=False)
 
 
 def ok(text: str) -> None:
     """Print a line about a success."""
-    console().print(f"ok    {text}", style="green", markup=False)
+    log(f"ok    {text}", "green")
 
 
 def warn(text: str) -> None:
     """Print a warning; each line of ``text`` is marked."""
     for line in text.splitlines():
-        console().print(f"!!    {line}", style="bold yellow", markup=False)
+        log(f"!!    {line}", "bold yellow")
 
 
 def fail(text: str) -> None:
     """Print a line about a failure."""
-    console().print(f"FAIL  {text}", style="bold red", markup=False)
+    log(f"FAIL  {text}", "bold red")
 
 
 def table(
@@ -70,7 +85,7 @@ def table(
     box = SIMPLE if sys.stdout.isatty() else None
     grid = Table(*columns, title=title, title_justify="left", box=box, pad_edge=False)
     for row in rows:
-        grid.add_row(*[escape(str(cell)) for cell in row])
+        grid.add_row(*[escape(printable(str(cell))) for cell in row])
     console().print(grid)
 
 

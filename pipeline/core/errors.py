@@ -14,6 +14,8 @@ from typing import ClassVar
 
 from invoke.exceptions import Exit
 
+from pipeline.core.console import printable
+
 
 class PipelineError(Exit):
     """A failure: ``what`` failed and why, a ``remedy``, and ``details``, the end of a log."""
@@ -30,7 +32,8 @@ class PipelineError(Exit):
         self.remedy = remedy
         self.details = details
         parts = [details.rstrip(), f"{type(self).__name__}: {what}", f"  -> {remedy}"]
-        super().__init__("\n".join(part for part in parts if part), type(self).exit_code)
+        message = "\n".join(part for part in parts if part)
+        super().__init__(printable(message), type(self).exit_code)
 
 
 class SettingRefused(PipelineError):

@@ -8,11 +8,12 @@ import os
 import re
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.clock import now
-from pipeline.core.console import console, log, megabytes
+from pipeline.core.console import log, megabytes
 from pipeline.core.errors import (
     BuildFailed,
     ConfigRefused,
@@ -148,7 +149,7 @@ def _run(
         try:
             result = engine.ask(
                 argv,
-                on_line=_print_line,
+                on_line=partial(log, style="dim"),
                 timeout=None,
                 env={"TMPDIR": scratch},
             )
@@ -157,14 +158,6 @@ def _run(
             raise
     if not result.ok:
         raise explain(result, engine)
-
-
-def _print_line(line: str) -> None:
-    console().print(
-        line,
-        markup=False,
-        style="dim",
-    )
 
 
 def explain(result: Completed, engine: Engine) -> PipelineError:

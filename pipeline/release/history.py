@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.clock import now
-from pipeline.core.console import log, megabytes, table, warn
+from pipeline.core.console import log, megabytes, printable, table, warn
 from pipeline.core.settings import BUILD
 from pipeline.image.tags import same_id
 
@@ -75,7 +75,7 @@ def show(*, lines: bool = False, last: int = 20) -> None:
         warn(f"ignoring {damaged} damaged lines in {FILE.name}")
     if lines:
         for record in records:
-            print(json.dumps(record, ensure_ascii=False))
+            print(json.dumps(record))
     elif records:
         rows = [_row(record) for record in records[-last:]]
         table(f"The last {len(rows)} of {len(records)} records", COLUMNS, rows)
@@ -97,7 +97,7 @@ def _row(record: Record) -> tuple[str, ...]:
 
 
 def brief(record: Record) -> str:
-    """Return in one phrase why a night failed or was skipped, or what changed.
+    """Return in one line why a night failed or was skipped, or what changed.
 
     That is the step and the reason, else the pins that moved with remarks, else the target of a
     push or rollback.
@@ -105,7 +105,8 @@ def brief(record: Record) -> str:
     reasons = filter(None, [record.get("where"), record.get("why")])
     changes = record.get("moves") or record.get("changes") or []
     changes = [*changes, *record.get("remarks", [])]
-    return ": ".join(reasons) or "; ".join(changes) or str(record.get("to", ""))
+    text = ": ".join(reasons) or "; ".join(changes) or str(record.get("to", ""))
+    return printable(" ".join(text.split()))
 
 
 def inputs_of(image_id: str) -> str:

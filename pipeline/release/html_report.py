@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.core.console import ok
+from pipeline.core.console import ok, printable
 from pipeline.core.settings import ROOT
 from pipeline.release import history
 from pipeline.release.history import Record
@@ -123,7 +123,7 @@ def page(records: Sequence[Record], damaged: int = 0) -> str:
     )
     last = "There was no night yet."
     if nights:
-        last = _fill("The last night ended {when}: <b class={outcome}>{outcome}</b>", nights[-1])
+        last = _fill("The last night ended {when}: <b class='{outcome}'>{outcome}</b>", nights[-1])
     return PAGE.format(
         style=STYLE,
         last=last,
@@ -200,7 +200,7 @@ def _fill(template: str, record: Record) -> str:
         letter=LETTERS.get(outcome, ""),
         outcome=html.escape(outcome),
         summary=html.escape(summary).replace(" -&gt; ", " \N{RIGHTWARDS ARROW} "),
-        details=html.escape(record.get("details") or "It left no log."),
+        details=html.escape(printable(record.get("details") or "It left no log.")),
     )
 
 

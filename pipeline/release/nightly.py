@@ -255,7 +255,7 @@ class Night:
         env = {"GIT_OPTIONAL_LOCKS": "0", "PYTHONUNBUFFERED": "1"}
         result = process.run(
             argv,
-            on_line=_print_output,
+            on_line=lambda line: log(f"  {line}", "dim"),
             cwd=self.tree,
             env=env,
         )
@@ -388,7 +388,3 @@ def _log_file() -> Iterator[None]:
             raise
         finally:
             console.cache_clear()
-
-
-def _print_output(line: str) -> None:
-    console().print(f"  {line}", markup=False, style="dim")

@@ -84,7 +84,10 @@ def run_command(settings: Settings, record: Record) -> None:
 
 def post_webhook(settings: Settings, record: Record) -> None:
     """Post the record, with a line of text as chat programs show it."""
-    text = f"{title(record)}: {brief(record)}"
+    # In Slack and Mattermost <!channel> would call everyone, and <URL|text> hide an address.
+    text = f"{title(record)}: {brief(record)}".replace(
+        "<", "\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}"
+    )
     _post(
         settings,
         settings.notify.webhook,

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.core.errors import NightFailed
 from pipeline.core.settings import Settings
-from pipeline.release import notify
+from pipeline.release import history, html_report, notify
 from tests.nights import NEW, World, failing
 from tests.servers import collector, silent_server
 
@@ -52,6 +53,40 @@ def test_a_command_and_a_webhook_hear_of_releases_and_failures_and_of_nothing_el
     assert [body["outcome"] for body in bodies] == ["failed", "released"]
     assert bodies[0]["text"] == "opencode-server: failed build: build: BuildFailed: no"
     assert bodies[1]["tag"] in bodies[1]["text"]
+
+
+HOSTILE = "<!channel> </pre><script>x</script>\x1b[31m\x1b]0;t\x07\u202e\nok    released"
+"""What a branch, a commit or a build may say."""
+
+
+@pytest.mark.parametrize("task", ["bump", "build"])
+def test_text_of_others_is_text_in_the_log_the_report_and_the_message(
+    world: World, capsys: pytest.CaptureFixture[str], task: str
+) -> None:
+    world.upstream = NEW
+    world.broken[task] = NightFailed(HOSTILE, "Nothing.", HOSTILE)
+    world.remarks = [HOSTILE]
+    with collector() as (port, got):
+        world.settings = Settings(notify={"webhook": f"http://127.0.0.1:{port}"})
+        world.night(log_file=True)
+        world.broken.clear()
+        assert world.night(log_file=True) == "released"
+    texts = [json.loads(body)["text"] for _, _, body in got]
+    assert len(texts) == 2
+    assert not [text for text in texts if "<" in text or len(text.splitlines()) > 1]
+    (log, _) = sorted((world.root / "build/nights").glob("*.log"))
+    with world.patched():
+        page = html_report.page(*history.read())
+        history.show()
+        shown = capsys.readouterr().out
+        history.show(lines=True)
+        lines = capsys.readouterr().out
+    assert "&lt;script&gt;" in page
+    assert "<script" not in page
+    for text in (page, log.read_text(), shown, lines, *texts):
+        assert "released" in text
+        assert not set(text) & {"\x1b", "\x07", "\u202e"}
+    assert not [line for line in shown.splitlines() if line.startswith("ok  ")]
 
 
 def test_who_fails_or_hangs_changes_nothing(
