@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+
+from pipeline.core.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,20 +30,6 @@ def console() -> Console:
     return Console(
         emoji=False, width=None if terminal else 200, soft_wrap=not terminal, highlight=False
     )
-
-
-CONTROL = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
-)
-"""Escape sequences of terminals, and characters that control them or the direction of text."""
-
-
-def printable(text: str) -> str:
-    """Return ``text`` without control characters, except tabs and newlines.
-
-    Names, commits and logs that come from others may hold them.
-    """
-    return CONTROL.sub("", text)
 
 
 def log(text: str, style: str = "") -> None:

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import subprocess
 from collections.abc import Iterator
 from typing import ClassVar
 
 from invoke.exceptions import Exit
 
-from pipeline.core.console import printable
+CONTROL = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+)
+"""Escape sequences of terminals, and characters that control them or the direction of text."""
+
+
+def printable(text: str) -> str:
+    """Return ``text`` without control characters, except tabs and newlines.
+
+    Names, commits and logs that come from others may hold them.
+    """
+    return CONTROL.sub("", text)
 
 
 class PipelineError(Exit):

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.clock import now
-from pipeline.core.console import log, megabytes, printable, table, warn
+from pipeline.core.console import log, megabytes, table, warn
+from pipeline.core.errors import printable
 from pipeline.core.settings import BUILD
 from pipeline.image.tags import same_id
 

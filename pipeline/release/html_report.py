@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.core.console import ok, printable
+from pipeline.core.console import ok
+from pipeline.core.errors import printable
 from pipeline.core.settings import ROOT
 from pipeline.release import history
 from pipeline.release.history import Record
