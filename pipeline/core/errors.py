@@ -241,7 +241,7 @@ class NoSuchRelease(PipelineError):
 
 
 class NotReleased(PipelineError):
-    """The image passed, but the starter package never replaces OpenAgents."""
+    """The image passed, but has only the starter package or a known vulnerability."""
 
     exit_code = 63
 

@@ -77,6 +77,7 @@ class Advisories(_Section):
 
     url: str = "https://api.osv.dev"
     seconds: Seconds = 10
+    block: Literal["", "low", "moderate", "high", "critical"] = ""
 
 
 class Nightly(_Section):

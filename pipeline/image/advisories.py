@@ -20,6 +20,9 @@ BATCH = 1000
 ROWS = 20
 """Advisories that the table lists; build/advisories.json has all."""
 
+SEVERITIES = ("low", "moderate", "high", "critical")
+"""As GitHub's advisories name them; OSV has those of npm and PyPI from there."""
+
 Package = tuple[str, str, str]
 """OSV's name of an ecosystem, the name of a package, its version."""
 
@@ -85,6 +88,17 @@ def report(settings: Settings, inventory: dict[str, Any]) -> list[Row] | None:
         fixable[:ROWS],
     )
     return rows
+
+
+def blocking(severity: str, rows: list[Row]) -> list[str]:
+    """Return the advisories in ``rows`` of this severity or worse: ID, package and version."""
+    blocked = SEVERITIES[SEVERITIES.index(severity) :]
+    found = {
+        f"{row['id']} ({row['package']} {row['version']})"
+        for row in rows
+        if row["severity"] in blocked
+    }
+    return sorted(found)
 
 
 def packages_of(inventory: dict[str, Any]) -> list[Package]:

@@ -136,7 +136,7 @@ class Night:
         for path in BUILD.glob("*.json"):
             if not path.name.startswith("release-"):
                 shutil.copy2(path, self.tree / "build")
-        self.before = promote.contents(ROOT)
+        self.before = promote.hashes(ROOT)
 
     def bump(self) -> None:
         """Move the pins of the copy, and the date of Debian's packages if it is too old."""
@@ -217,10 +217,11 @@ class Night:
         self.record["probes"] = promote.probe_results(report)
 
     def release(self) -> str:
-        """Move the tags, the pins and OpenAgents. Raises LocalEdits."""
-        if promote.contents(ROOT) != self.before:
+        """Move the tags, the pins and OpenAgents. Raises LocalEdits, NotReleased."""
+        if promote.hashes(ROOT) != self.before:
             what = "locks/ or vendor/OpenAgents was edited during the night"
             raise LocalEdits(what, "Keep the edit; the next night includes it.")
+        promote.check_advisories(self.settings, self.engine, self.image)
         self.record["inputs"] = self.inputs(tags.label(self.image, tags.COMMIT))
         tag = promote.move(
             self.settings,

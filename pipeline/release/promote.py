@@ -15,7 +15,7 @@ from pipeline.core.errors import NoSuchRelease, NotReleased
 from pipeline.core.settings import BUILD, ROOT, Settings
 from pipeline.core.state import read_json, write_json
 from pipeline.engines.engine import Engine
-from pipeline.image import tags
+from pipeline.image import advisories, contents, tags
 from pipeline.image.tags import Inspection
 from pipeline.inputs import openagents
 from pipeline.release import history
@@ -52,8 +52,26 @@ def promote(
             raise NotReleased(reason, "Fetch OpenAgents and build again: inv fetch build smoke")
         warn(f"{reason}; latest stays as it is")
     else:
+        check_advisories(settings, engine, image)
         dated = move(settings, engine, image, latest)
         _record(report, kind="release", tag=dated, size=image.get("Size"))
+
+
+def check_advisories(settings: Settings, engine: Engine, image: Inspection) -> None:
+    """Raise NotReleased if the image has a vulnerability that ``advisories.block`` names."""
+    severity = settings.advisories.block
+    if not severity:
+        return
+    rows = advisories.report(settings, contents.read(engine, image))
+    if rows is None:
+        reason = "advisories.block is set, and no service lists the vulnerabilities of the image"
+        raise NotReleased(reason, "Set advisories.url to a service that answers.")
+    found = advisories.blocking(severity, rows)
+    if found:
+        raise NotReleased(
+            f"{len(found)} known vulnerabilities, {severity} or worse: {', '.join(found)}"[:1000],
+            "Move the pins (inv bump), or change advisories.block; inv contents lists them.",
+        )
 
 
 def is_downgrade(
@@ -130,7 +148,7 @@ def move(
     moves["latest"] = image["Id"]
     journal = {"image": settings.image, "tags": moves}
     if staged:
-        journal |= {"staged": str(staged), "content": contents(staged)}
+        journal |= {"staged": str(staged), "content": hashes(staged)}
     os.sync()  # the journal must not reach the disk before what it names
     write_json(_journal(engine), journal)
     finish(engine)
@@ -161,20 +179,20 @@ def _install(
 ) -> None:
     """Swap each staged directory into the checkout, unless an earlier attempt already did."""
     for name, digest in content.items():
-        installed = contents(ROOT).get(name) == digest
-        available = contents(staged).get(name) == digest
+        installed = hashes(ROOT).get(name) == digest
+        available = hashes(staged).get(name) == digest
         if available and not installed:
             # An atomic rename: it needs no disk space.
             openagents.swap(staged / name, ROOT / name)
 
 
-def contents(root: Path) -> dict[str, str]:
+def hashes(root: Path) -> dict[str, str]:
     """Return a hash of each directory of INPUTS that exists in the checkout ``root``."""
-    hashes = {}
+    found = {}
     for name in INPUTS:
         if (root / name).is_dir():
-            hashes[name] = openagents.tree_hash(root / name)
-    return hashes
+            found[name] = openagents.tree_hash(root / name)
+    return found
 
 
 def pending(engine: Engine) -> bool:

@@ -53,7 +53,7 @@ class Place:
     def state(self) -> dict[str, Any]:
         tags = self.tags()
         return {
-            **promote.contents(self.checkout.root),
+            **promote.hashes(self.checkout.root),
             **{tag: tags.get(tag) for tag in ("latest", "previous")},
         }
 

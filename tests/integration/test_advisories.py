@@ -11,9 +11,13 @@ from typing import Any, cast
 
 import pytest
 
+from pipeline.core.errors import NotReleased
 from pipeline.core.settings import Advisories, Settings
-from pipeline.image import advisories
+from pipeline.image import advisories, contents
+from pipeline.release import history, promote
+from tests.nights import NEW, World
 from tests.servers import free_port
+from tests.stub_engine import StubEngine
 
 pytestmark = pytest.mark.server
 
@@ -221,3 +225,42 @@ def test_nobody_is_asked_where_the_setting_is_empty(capsys: pytest.CaptureFixtur
 )
 def test_versions_are_ordered(lower: str, higher: str) -> None:
     assert advisories.order(lower) < advisories.order(higher)
+
+
+def blocked_at(osv: Osv, severity: str) -> Settings:
+    return Settings(advisories={**osv.settings.advisories.model_dump(), "block": severity})
+
+
+def test_a_release_with_a_vulnerability_is_refused_at_the_severity_that_blocks(
+    osv: Osv, build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contents, "read", lambda *_: INSIDE)
+    monkeypatch.setattr(promote, "BUILD", build)
+    monkeypatch.setattr(history, "FILE", build / "history.jsonl")
+    engine = StubEngine("docker", "/d", "20.10", str(build / "engine.json"))
+    engine.add("opencode-server:latest", "old")
+    report = {"image": engine.add("", "new")["Id"], "ready_seconds": 1, "probes": []}
+    for severity, refused in (("low", "2"), ("moderate", "2"), ("high", "1"), ("critical", "")):
+        if refused:
+            with pytest.raises(NotReleased, match=f"{refused} known .*GHSA-2 .urllib3"):
+                promote.promote(blocked_at(osv, severity), engine, report)
+            assert engine.tags()["latest"] == "old"
+        else:
+            promote.promote(blocked_at(osv, severity), engine, report)
+            assert engine.tags()["latest"] == "new"
+    osv.lost.add("GHSA-1")
+    with pytest.raises(NotReleased, match="no service lists"):
+        promote.check_advisories(blocked_at(osv, "critical"), engine, report)
+
+
+def test_a_night_is_refused_too(osv: Osv, build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contents, "read", lambda *_: INSIDE)
+    world = World(build)
+    world.make()
+    assert world.night() == "released"
+    before = world.state()
+    world.upstream, world.settings = NEW, blocked_at(osv, "high")
+    assert world.night().startswith("NightFailed: release: 1 known vulnerabilities, high or worse")
+    assert world.state() == before
+    world.settings = blocked_at(osv, "critical")
+    assert world.night() == "released"
