@@ -53,6 +53,7 @@ FOR_TESTS = {
     "cron": "cron",
     "faketime": "faketime",
     "htpasswd": "apache2-utils",
+    "caddy": "caddy",
     "systemd-analyze": "systemd",
 }
 """The programs of the tests, and the packages that contain them."""

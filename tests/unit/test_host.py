@@ -182,7 +182,7 @@ def test_what_the_tests_need_is_what_is_missing(machine: Machine) -> None:
     machine.program("openssl")
     assert setup.missing(engine=True, tests=False) == []
     tools = ["docker-compose", "docker-registry", "iptables", "iproute2", "rclone", "redis-tools"]
-    tools += ["cron", "faketime", "apache2-utils", "systemd"]
+    tools += ["cron", "faketime", "apache2-utils", "caddy", "systemd"]
     assert setup.missing(engine=True, tests=True) == tools
 
 
