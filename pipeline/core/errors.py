@@ -109,7 +109,7 @@ class NoSuchRef(PipelineError):
 
 
 class NotOpenAgents(PipelineError):
-    """The fetched repository has no ``.opencode/`` directory with agents in it."""
+    """The fetched repository has no agents in ``.opencode/``, or files that cannot be built."""
 
     exit_code = 23
 

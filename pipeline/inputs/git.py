@@ -18,6 +18,7 @@ from pipeline.core.errors import (
     NoSuchRef,
     NoSuchRepository,
     PipelineError,
+    printable,
 )
 from pipeline.core.retry import retry
 from pipeline.core.settings import Settings
@@ -35,18 +36,28 @@ _UNREACHABLE = (
     "If TLS is intercepted, set --ca to the CA certificate file."
 )
 
+MOVED = {
+    "https://github.com/darrenhinde/OpenAgents": "https://github.com/darrenhinde/OpenAgentsControl"
+}
+"""New addresses of repositories. GitHub redirects from the old one until its owner removes it."""
+
 
 def run(settings: Settings, url: str, words: list[str], cwd: Path | None = None) -> str:
     """Run ``git WORDS``, which talks to ``url``, and return its stdout.
 
-    A host that does not answer is tried again, as often as network.attempts says.
-    Raises GitHostUnreachable, NoSuchRepository, NoSuchRef or DiskFull.
+    A host that does not answer is tried again, as often as network.attempts says, and a repository
+    that is gone at its new address. Raises GitHostUnreachable, NoSuchRepository, NoSuchRef or
+    DiskFull.
     """
-    return retry(
-        partial(_run_once, settings, url, words, cwd),
-        on=GitHostUnreachable,
-        attempts=settings.network.attempts,
-    )
+    once = partial(_run_once, settings, url, words, cwd)
+    try:
+        return retry(once, on=GitHostUnreachable, attempts=settings.network.attempts)
+    except NoSuchRepository as failure:
+        if url not in MOVED:
+            raise
+        console.log(f"{failure.what}; trying {MOVED[url]}")
+        words = [MOVED[url] if word == url else word for word in words]
+        return run(settings, MOVED[url], words, cwd)
 
 
 def _run_once(settings: Settings, url: str, words: list[str], cwd: Path | None) -> str:
@@ -62,9 +73,9 @@ def _run_once(settings: Settings, url: str, words: list[str], cwd: Path | None) 
         with console.console().status(f"git {words[0]}") as status:
             for line in _stderr_lines(child, settings.network.stall_seconds):
                 if "%" in line:
-                    status.update(line)
+                    status.update(printable(line))
                 else:
-                    messages.append(line)
+                    messages.append(printable(line))
         stdout = child.communicate()[0].decode(errors="replace")
     except TimeoutError as error:
         raise _failure(url, [str(error)]) from error

@@ -36,6 +36,7 @@ from pipeline.core.errors import (
 )
 from pipeline.core.settings import ROOT, Settings
 from pipeline.inputs import git
+from pipeline.inputs.clone import clone
 
 VENDOR = ROOT / "vendor"
 STARTER = VENDOR / "starter"
@@ -290,7 +291,13 @@ def _kept_or_cloned(
     if kept := _kept(want, vendor, force=force):
         return kept
     try:
-        return _clone(settings, want, tree)
+        console.log(f"Fetching {want.record}")
+        clone(settings, want, tree)
+        if not _has_agents(tree):
+            raise NotOpenAgents(
+                f"{want.record} has no agents in .opencode/", "Check --url and --ref."
+            )
+        return _sealed(tree, want.record)
     except NoSuchRef:
         if not want.other:
             raise
@@ -299,24 +306,6 @@ def _kept_or_cloned(
     shutil.rmtree(tree, ignore_errors=True)
     default = Wanted(want.url, "HEAD")
     return _kept_or_cloned(settings, default, vendor, tree, force=force)
-
-
-def _clone(settings: Settings, want: Wanted, tree: Path) -> Record:
-    from git import Repo
-
-    console.log(f"Fetching {want.record}")
-    repo = Repo.init(tree)
-    (tree / ".git" / "info").mkdir(exist_ok=True)
-    (tree / ".git" / "info" / "exclude").write_text("/.fetched.*\n")
-    words = ["fetch", "--progress", "--no-tags", "--depth=1", "--", want.url, want.commit]
-    git.run(settings, want.url, words, tree)
-    repo.create_remote("origin", want.record.url)
-    # The same bytes on every machine, and no hooks of the user's.
-    plain = repo.git(c=["core.autocrlf=false", f"core.hooksPath={os.devnull}"])
-    plain.checkout("--quiet", "--detach", want.commit)
-    if not _has_agents(tree):
-        raise NotOpenAgents(f"{want.record} has no agents in .opencode/", "Check --url and --ref.")
-    return _sealed(tree, want.record)
 
 
 def _refuse_unusable(vendor: Path) -> None:
@@ -333,13 +322,23 @@ def _refuse_edits(place: Path) -> None:
     if not place.is_dir() or not any(place.iterdir()):
         return
     current = _whole(place.parent)
-    edited = current is None or tree_hash(place) != current.tree
+    edited = tree_hash(place) != current.tree if current else _more_than_incomplete(place)
     own = [*place.glob(".git/refs/heads/*"), *place.glob(".git/refs/stash")]
     if edited or own:
         raise LocalEdits(
             f"{place} has local edits, branches or a stash",
             f"List them: git -C {place} status --ignored. Discard them: inv fetch --force",
         )
+
+
+def _more_than_incomplete(place: Path) -> bool:
+    """Whether a tree without agents or record has new or changed files, not only missing ones."""
+    from git import Repo
+
+    if not (place / ".git").is_dir():
+        return True
+    lines = Repo(place).git.status("--porcelain", "--ignored", "-z").split("\0")
+    return any(line and not line.startswith((" D ", "!! .fetched.")) for line in lines)
 
 
 def _has_agents(tree: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from rich.console import Console
 
 from pipeline.core import console, errors
 from pipeline.core.settings import ROOT, Settings
+from pipeline.inputs import git as gitcommand
 from pipeline.inputs import openagents
 from tests.integration.gitserver import Fault, Server, serve
 
@@ -32,6 +34,7 @@ DRIVER = """
 import json, os, signal, sys
 from pathlib import Path
 from pipeline.core import errors, process
+from pipeline.inputs import git as gitcommand
 from pipeline.inputs import openagents
 from pipeline.core.settings import Settings
 pin, vendor, settings, options, prelude = sys.argv[1:]
@@ -278,6 +281,8 @@ def test_a_server_without_single_commits_gives_the_head_of_a_branch(
         with pytest.raises(errors.NoSuchRef, match="--ref"):
             fetch(vendor, ref=parent)
         assert fetch(vendor, ref="next").commit == upstream.next
+        # The pin is no tip any more, and is found in the history of its branch.
+        assert fetch(vendor).commit == upstream.one
     finally:
         git(upstream.root / "agents", "update-ref", "refs/heads/main", upstream.two)
 
@@ -342,6 +347,82 @@ def test_a_repository_without_agents(
     with pytest.raises(errors.NotOpenAgents):
         fetch(vendor, url=f"{server.url}/plain", latest=True)
     assert_untouched(vendor, fetched)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "lfs": (lambda repo: (repo / AGENT).write_text(POINTER), f"{AGENT} is a pointer of Git LFS"),
+    "submodule": (
+        lambda repo: git(
+            repo, "update-index", "--add", "--cacheinfo", f"160000,{'1' * 40},.opencode/team"
+        ),
+        ".opencode/team is a git submodule",
+    ),
+    "absolute link": (
+        lambda repo: (repo / "l").symlink_to("/etc/passwd"),
+        "l links to /etc/passwd",
+    ),
+    "link through a link": (
+        lambda repo: (
+            (repo / "a/b").mkdir(parents=True),
+            (repo / "a/b/top").symlink_to("../.."),
+            (repo / "l").symlink_to("a/b/top/../passwd"),
+        ),
+        "l links to a/b/top/../passwd",
+    ),
+    "record": (
+        lambda repo: (repo / ".fetched.json").symlink_to("../../outside"),
+        ".fetched.json is",
+    ),
+    "escape": (lambda repo: (repo / "a\x1b[2Kb").write_text(""), "ab is not a name"),
+    "newline": (lambda repo: (repo / "a\nok    b").write_text(""), "a ok    b is not a name"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_repository_that_cannot_be_built_as_it_is(
+    server: Server, vendor: Path, upstream: Upstream, kind: str, fetched: openagents.Record
+) -> None:
+    make, sentence = HOSTILE[kind]
+    repo = upstream.root / f"hostile-{kind.replace(' ', '-')}"
+    git(upstream.root, "clone", "-q", "agents", repo.name)
+    make(repo)
+    git(repo, "add", "-A", *([":!.opencode/team"] if kind == "submodule" else []))
+    git(repo, "commit", "-q", "-m", "\x1b[2K")
+    with pytest.raises(errors.NotOpenAgents) as caught:
+        fetch(vendor, url=f"{server.url}/{repo.name}", latest=True)
+    assert sentence in caught.value.what
+    assert "\x1b" not in str(caught.value)
+    assert_untouched(vendor, fetched)
+    assert not (vendor / "outside").exists()
+
+
+def test_what_is_harmless_is_taken(server: Server, vendor: Path, upstream: Upstream) -> None:
+    repo = upstream.root / "harmless"
+    git(upstream.root, "clone", "-q", "agents", repo.name)
+    (repo / ".gitmodules").write_text('[submodule "x"]\n\tpath = x\n\turl = ext::touch /tmp/x\n')
+    (repo / "ünï cödé 👩‍💻.md").symlink_to(AGENT)
+    (repo / "about lfs.md").write_text(f"A pointer begins with:\n{POINTER}")
+    git(repo, "add", "-A")
+    git(repo, "commit", "-q", "-m", "harmless")
+    record = fetch(vendor, url=f"{server.url}/harmless", ref="main")
+    assert (vendor / "OpenAgents/ünï cödé 👩‍💻.md").read_text() == "two"
+    assert_untouched(vendor, record)
+
+
+def test_a_repository_that_moved_is_found_where_it_is_now(
+    server: Server,
+    vendor: Path,
+    upstream: Upstream,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gone = f"{server.url}/gone"
+    with pytest.raises(errors.NoSuchRepository):
+        fetch(vendor, url=gone, ref="main")
+    monkeypatch.setitem(gitcommand.MOVED, gone, f"{server.url}/agents")
+    assert fetch(vendor, url=gone, ref="main").commit == upstream.two
+    assert f"trying {server.url}/agents" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("url", ["/nonesuch/repo", "ext::sh -c true", "gopher://127.0.0.1/x"])
@@ -450,16 +531,25 @@ def test_half_there(vendor: Path, upstream: Upstream, fetched: openagents.Record
     (place / AGENT).unlink()
     with pytest.raises(errors.NothingFetched, match="incomplete"):
         openagents.read(vendor)
-    with pytest.raises(errors.LocalEdits):
-        fetch(vendor)
-    assert fetch(vendor, force=True).tree == fetched.tree
+    assert fetch(vendor).tree == fetched.tree  # only files are missing: nothing is lost
     (place / ".fetched.json").write_text("{")
     with pytest.raises(errors.NothingFetched):
         openagents.read(vendor)
+    (place / "mine").write_text("mine")
+    with pytest.raises(errors.LocalEdits):
+        fetch(vendor)
+    (place / "mine").unlink()
     (place / ".fetched.json").unlink()
     with pytest.raises(errors.NothingFetched):
         openagents.read(vendor)
-    with pytest.raises(errors.LocalEdits):  # somebody's own clone, for all we know
+    git(place, "branch", "main")
+    with pytest.raises(errors.LocalEdits):  # somebody's own clone
+        fetch(vendor)
+    git(place, "branch", "-D", "main")
+    assert fetch(vendor).commit == upstream.one
+    (place / ".fetched.json").unlink()
+    shutil.rmtree(place / ".git")
+    with pytest.raises(errors.LocalEdits):  # an unpacked archive
         fetch(vendor)
     assert (place / AGENT).read_text() == "one"
     assert fetch(vendor, force=True).commit == upstream.one
