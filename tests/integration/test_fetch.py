@@ -350,6 +350,14 @@ def test_a_repository_without_agents(
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+
+
+def _link_through_a_link(repo: Path) -> None:
+    (repo / "a/b").mkdir(parents=True)
+    (repo / "a/b/top").symlink_to("../..")
+    (repo / "l").symlink_to("a/b/top/../passwd")
+
+
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "lfs": (lambda repo: (repo / AGENT).write_text(POINTER), f"{AGENT} is a pointer of Git LFS"),
     "submodule": (
@@ -363,11 +371,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         "l links to /etc/passwd",
     ),
     "link through a link": (
-        lambda repo: (
-            (repo / "a/b").mkdir(parents=True),
-            (repo / "a/b/top").symlink_to("../.."),
-            (repo / "l").symlink_to("a/b/top/../passwd"),
-        ),
+        _link_through_a_link,
         "l links to a/b/top/../passwd",
     ),
     "record": (
