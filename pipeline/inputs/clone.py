@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from pipeline.core.console import without_credentials
 from pipeline.core.errors import NoSuchRef, NotOpenAgents, printable
 from pipeline.core.settings import Settings
 from pipeline.inputs import git
-
-if TYPE_CHECKING:
-    from pipeline.inputs.openagents import Wanted
 
 LFS = b"version https://git-lfs.github.com/spec/"
 """How a file begins whose content is in Git LFS: https://github.com/git-lfs/git-lfs."""
@@ -20,8 +17,8 @@ SUBMODULE = "160000"
 """The mode of a submodule in git's index."""
 
 
-def clone(settings: Settings, want: Wanted, tree: Path) -> None:
-    """Check the commit of ``want`` out in ``tree``, which must not exist.
+def clone(settings: Settings, url: str, ref: str, commit: str, tree: Path) -> None:
+    """Check ``commit`` out in ``tree``, which must not exist; ``ref`` is a branch that has it.
 
     Raises as ``git.run``, and NotOpenAgents.
     """
@@ -32,21 +29,21 @@ def clone(settings: Settings, want: Wanted, tree: Path) -> None:
     (tree / ".git" / "info" / "exclude").write_text("/.fetched.*\n")
     words = ["fetch", "--progress", "--no-tags", "--no-recurse-submodules"]
     try:
-        git.run(settings, want.url, [*words, "--depth=1", "--", want.url, want.commit], tree)
+        git.run(settings, url, [*words, "--depth=1", "--", url, commit], tree)
     except NoSuchRef as failure:
-        if "unadvertised" not in failure.details or want.ref == want.commit:
+        if "unadvertised" not in failure.details or ref == commit:
             raise
         # Version 0 of the protocol serves only tips: the commit is in the history of the branch.
-        git.run(settings, want.url, [*words, "--", want.url, want.ref], tree)
-        if want.commit not in repo.git.rev_list("FETCH_HEAD").split():
+        git.run(settings, url, [*words, "--", url, ref], tree)
+        if commit not in repo.git.rev_list("FETCH_HEAD").split():
             raise
-    repo.create_remote("origin", want.record.url)
+    repo.create_remote("origin", without_credentials(url))
     # The same bytes on every machine, and no hooks of the user's.
     plain = ["core.autocrlf=false", "core.symlinks=true", f"core.hooksPath={os.devnull}"]
-    repo.git(c=plain).checkout("--quiet", "--detach", "--no-recurse-submodules", want.commit)
+    repo.git(c=plain).checkout("--quiet", "--detach", "--no-recurse-submodules", commit)
     if faults := list(_faults(tree, repo.git.ls_files("-s", "-z").split("\0")[:-1])):
         raise NotOpenAgents(
-            f"{want.record} has files that cannot be built: {faults[0]}",
+            f"{commit[:7]} of {without_credentials(url)} has files that cannot be built: {faults[0]}",
             "Use a commit without them: inv fetch --url URL --ref REF",
             "\n".join(faults),
         )

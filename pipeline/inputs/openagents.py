@@ -292,7 +292,7 @@ def _kept_or_cloned(
         return kept
     try:
         console.log(f"Fetching {want.record}")
-        clone(settings, want, tree)
+        clone(settings, want.url, want.ref, want.commit, tree)
         if not _has_agents(tree):
             raise NotOpenAgents(
                 f"{want.record} has no agents in .opencode/", "Check --url and --ref."
