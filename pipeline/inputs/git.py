@@ -1,4 +1,4 @@
-"""Git commands that talk to a remote: progress, stalls, retries and named failures."""
+"""Git commands that talk to a remote: progress, stalls, retries, named failures, and a clone."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pipeline.core.errors import (
     GitHostUnreachable,
     NoSuchRef,
     NoSuchRepository,
+    NotOpenAgents,
     PipelineError,
     printable,
 )
@@ -41,6 +42,12 @@ MOVED = {
 }
 """New addresses of repositories. GitHub redirects from the old one until its owner removes it."""
 
+LFS = b"version https://git-lfs.github.com/spec/"
+"""How a file begins whose content is in Git LFS: https://github.com/git-lfs/git-lfs."""
+
+SUBMODULE = "160000"
+"""The mode of a submodule in git's index."""
+
 
 def run(settings: Settings, url: str, words: list[str], cwd: Path | None = None) -> str:
     """Run ``git WORDS``, which talks to ``url``, and return its stdout.
@@ -58,6 +65,58 @@ def run(settings: Settings, url: str, words: list[str], cwd: Path | None = None)
         console.log(f"{failure.what}; trying {MOVED[url]}")
         words = [MOVED[url] if word == url else word for word in words]
         return run(settings, MOVED[url], words, cwd)
+
+
+def clone(settings: Settings, url: str, ref: str, commit: str, tree: Path) -> None:
+    """Check ``commit`` out in ``tree``, which must not exist; ``ref`` is a branch that has it.
+
+    Raises as ``run``, and NotOpenAgents.
+    """
+    from git import Repo
+
+    repo = Repo.init(tree)
+    (tree / ".git" / "info").mkdir(exist_ok=True)
+    (tree / ".git" / "info" / "exclude").write_text("/.fetched.*\n")
+    words = ["fetch", "--progress", "--no-tags", "--no-recurse-submodules"]
+    try:
+        run(settings, url, [*words, "--depth=1", "--", url, commit], tree)
+    except NoSuchRef as failure:
+        if "unadvertised" not in failure.details or ref == commit:
+            raise
+        # Version 0 of the protocol serves only tips: the commit is in the history of the branch.
+        run(settings, url, [*words, "--", url, ref], tree)
+        if commit not in repo.git.rev_list("FETCH_HEAD").split():
+            raise
+    repo.create_remote("origin", console.without_credentials(url))
+    # The same bytes on every machine, and no hooks of the user's.
+    plain = ["core.autocrlf=false", "core.symlinks=true", f"core.hooksPath={os.devnull}"]
+    repo.git(c=plain).checkout("--quiet", "--detach", "--no-recurse-submodules", commit)
+    if faults := list(_faults(tree, repo.git.ls_files("-s", "-z").split("\0")[:-1])):
+        raise NotOpenAgents(
+            f"{console.without_credentials(url)} has files that cannot be built: {faults[0]}",
+            "Use a commit without them: inv fetch --url URL --ref REF",
+            "\n".join(faults),
+        )
+
+
+def _faults(tree: Path, entries: list[str]) -> list[str]:
+    """Return what is wrong with the files of git's index; no file of another place is read."""
+    faults = []
+    inside = tree.resolve()
+    for entry in entries:
+        facts, name = entry.split("\t", 1)
+        path, mode = tree / name, facts.split()[0]
+        shown = printable(name).replace("\n", " ")
+        if mode == SUBMODULE:
+            faults.append(f"{shown} is a git submodule, which is not fetched")
+        elif shown != name or name.startswith(".fetched."):
+            faults.append(f"{shown} is not a name for a file")
+        elif path.is_symlink():
+            if not Path(os.path.realpath(path)).is_relative_to(inside):
+                faults.append(f"{shown} links to {path.readlink()}, outside")
+        elif path.stat().st_size < 1024 and path.read_bytes().startswith(LFS):  # noqa: PLR2004
+            faults.append(f"{shown} is a pointer of Git LFS: install git-lfs, then fetch again")
+    return faults
 
 
 def _run_once(settings: Settings, url: str, words: list[str], cwd: Path | None) -> str:

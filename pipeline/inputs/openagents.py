@@ -36,7 +36,6 @@ from pipeline.core.errors import (
 )
 from pipeline.core.settings import ROOT, Settings
 from pipeline.inputs import git
-from pipeline.inputs.clone import clone
 
 VENDOR = ROOT / "vendor"
 STARTER = VENDOR / "starter"
@@ -292,7 +291,7 @@ def _kept_or_cloned(
         return kept
     try:
         console.log(f"Fetching {want.record}")
-        clone(settings, want.url, want.ref, want.commit, tree)
+        git.clone(settings, want.url, want.ref, want.commit, tree)
         if not _has_agents(tree):
             raise NotOpenAgents(
                 f"{want.record} has no agents in .opencode/", "Check --url and --ref."
