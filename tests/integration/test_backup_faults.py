@@ -358,13 +358,32 @@ def test_when_the_target_dies_the_safety_copy_is_at_the_remote(here: World, tmp_
 
 def test_a_target_that_cannot_reach_us_is_a_master_again(here: World) -> None:
     here.run("--only", "valkey")
-    failed = here.backup(
-        "restore", "--replace", "--only", "valkey", BACKUP_STALL_SECONDS="1", **NOWHERE
-    )
-    failed.failed("RestoreFailed", "BACKUP_ADVERTISE", "as it was before")
-    with client(here.valkey) as server:
+    limits = {"BACKUP_STALL_SECONDS": "BACKUP_ADVERTISE", "BACKUP_RESTORE_SECONDS": "BACKUP_RESTOR"}
+    for limit, named in limits.items():
+        env = {limit: "1", **NOWHERE}
+        failed = here.backup("restore", "--replace", "--only", "valkey", **env)
+        failed.failed("RestoreFailed", named, "as it was before")
+    here.whole()
+
+
+def test_a_target_that_cannot_load_the_data_is_left_as_it_was(here: World, tmp_path: Path) -> None:
+    here.run("--only", "valkey")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    options = (*NO_DELAY, "--dir", str(gone))
+    with redis_server(*options, password=SERVER_PASSWORD) as port, client(port) as server:
+        server.set("precious", "1")
+        gone.rmdir()  # for root, too, a replica cannot open its temporary file there
+        words = ("restore", "--replace", "--to", f"valkey=127.0.0.1:{port}")
+        failed = here.backup(*words).failed("RestoreFailed", "3 times", "can write to")
+        assert "the target is as it was" in failed.stderr
+        child = here.start(*words)
+        until(lambda: server.info("replication")["role"] == "slave")
+        child.send_signal(signal.SIGTERM)
+        assert here.end(child).code == 128 + signal.SIGTERM
         assert server.info("replication")["role"] == "master"
-        assert server.dbsize() == 56
+        assert server.config_get("masteruser") == {"masteruser": ""}
+        assert server.keys() == [b"precious"]
 
 
 def _sync(server: Any, what: str) -> int:

@@ -77,10 +77,11 @@ end
 return {scanned[1], found, expiring}
 """
 
+MARKER = "opencode-restore-marker"
 PROBE = """#!lua flags=allow-oom
-redis.call('SET', KEYS[1], 'x', 'EX', 60)
+redis.call('SET', KEYS[1], 'x')
 local dumped = redis.call('DUMP', KEYS[1])
-redis.call('DEL', KEYS[1])
+if ARGV[1] == '' then redis.call('DEL', KEYS[1]) end
 return dumped
 """
 
@@ -146,9 +147,12 @@ def key_counts(client: Any) -> dict[int, int]:
     return counts
 
 
-def rdb_version(client: Any) -> int:
-    """Return the newest RDB version that a server reads: the one at the end of its DUMP."""
-    dumped = client.eval(PROBE, 1, "opencode-restore-probe")
+def rdb_version(client: Any, *, keep: bool = False) -> int:
+    """Return the newest RDB version that a server reads: the one at the end of its DUMP.
+
+    It sets the key MARKER, and removes it, also one from before, unless ``keep`` is set.
+    """
+    dumped = client.eval(PROBE, 1, MARKER, "keep" if keep else "")
     return int.from_bytes(dumped[-10:-8], "little")
 
 

@@ -17,12 +17,15 @@ from typing import IO, Any
 import redis
 
 from lib.backup.errors import CopyCut, Failure, TargetCannotReachUs, TargetInUse
-from lib.backup.redis_source import connect, info, text, title, unreachable
+from lib.backup.redis_source import connect, info, rdb_version, text, title, unreachable
 from lib.backup.settings import Settings
 from lib.common.databases import Database
 
 USER_PREFIX = "opencode-restore-"
 """The target authenticates as such a user: a later restore recognizes what a killed one left."""
+ATTEMPTS = 3
+"""How often a target may ask for the whole data. One that cannot load it asks for ever."""
+
 PING_SECONDS = 5
 POLL_SECONDS = 0.05
 CHUNK = 1 << 18
@@ -35,6 +38,7 @@ class Master:
         self.user = USER_PREFIX + secrets.token_hex(8)
         self.password = secrets.token_hex(32)
         self.sent = 0
+        self.attempts = 0
         self._source = source
         self._over = threading.Event()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -75,7 +79,9 @@ class Master:
                 peer.sendall(b"+OK\r\n")
             else:
                 if known and name == b"PSYNC":
-                    self._send(peer)
+                    self.attempts += 1
+                    if self.attempts <= ATTEMPTS:
+                        self._send(peer)
                 return
 
     def _send(self, peer: socket.socket) -> None:
@@ -112,12 +118,13 @@ def read_command(lines: IO[bytes]) -> list[bytes]:
 def replicating(server: Database, source: Path, settings: Settings) -> Iterator[None]:
     """Have a server load an RDB file; yield when it has, while it still is a replica.
 
-    Whatever happens, it is a master again afterwards. Raises ServerUnreachable, CopyCut and
-    TargetCannotReachUs.
+    Whatever happens, it is a master again afterwards. The key MARKER is there for as long as the
+    server has not dropped its data. Raises ServerUnreachable, CopyCut and TargetCannotReachUs.
     """
     host, port = address_for(server, settings)
     with unreachable(server):
         client = connect(server)
+        rdb_version(client, keep=True)
         before = {name: get_config(client, name) for name in ("masteruser", "masterauth")}
     # Behind an advertised address, the connection may arrive at any of ours.
     master = Master(source, "" if settings.advertise else host, port)
@@ -125,22 +132,22 @@ def replicating(server: Database, source: Path, settings: Settings) -> Iterator[
         with unreachable(server):
             set_config(client, {"masteruser": master.user, "masterauth": master.password})
             client.replicaof(host, port or master.port)
-        for state in progress(server, master, settings.stall_seconds):
+        for state in progress(server, master, settings):
             if state.get("master_link_status") == "up" and state["loading"] == "0":
                 break
         yield
     except BaseException:
         master.close()
         with contextlib.suppress(Failure):  # the first failure is the one to report
-            release(server, before, settings.stall_seconds)
+            release(server, before, settings)
         raise
     master.close()
-    release(server, before, settings.stall_seconds)
+    release(server, before, settings)
 
 
-def release(server: Database, config: dict[str, str], stall_seconds: float) -> None:
+def release(server: Database, config: dict[str, str], settings: Settings) -> None:
     """Make the target a master again, once it does not load any more."""
-    for state in progress(server, None, stall_seconds):
+    for state in progress(server, None, settings):
         if state["loading"] == "0":
             break
     with unreachable(server):
@@ -160,13 +167,14 @@ def address_for(server: Database, settings: Settings) -> tuple[str, int]:
 
 
 def progress(
-    server: Database, master: Master | None, stall_seconds: float
+    server: Database, master: Master | None, settings: Settings
 ) -> Iterator[dict[str, str]]:
     """Yield INFO of the target until the caller stops. Raises CopyCut, TargetCannotReachUs."""
     client = connect(server)
     name = title(server)
+    log_remedy = "Check its log, its disk and its memory."
     seen: tuple[Any, ...] = ()
-    since = time.monotonic()
+    began = since = time.monotonic()
     while True:
         try:
             state = info(client, "replication") | info(client, "persistence")
@@ -175,15 +183,22 @@ def progress(
             raise CopyCut(f"{name} ended while it loaded the data", remedy) from None
         yield state
         sent = master.sent if master else 0
+        if master and master.attempts > ATTEMPTS:
+            what = f"{name} was sent the data {ATTEMPTS} times and did not load it"
+            folder = get_config(client, "dir")
+            raise CopyCut(what, f"Check its log, and whether it can write to {folder}.")
         fields = ("loading", "loading_loaded_bytes", "async_loading")
         now = (sent, *(state.get(field) for field in fields))
         if now != seen:
             seen, since = now, time.monotonic()
-        elif time.monotonic() - since > stall_seconds:
+        elif time.monotonic() - since > settings.stall_seconds:
             if master and not sent:
                 remedy = "Set BACKUP_ADVERTISE to an address of this container that it can reach."
                 raise TargetCannotReachUs(f"{name} does not connect to this container", remedy)
-            raise CopyCut(f"{name} makes no progress in loading the data", "Check its log.")
+            raise CopyCut(f"{name} makes no progress in loading the data", log_remedy)
+        if time.monotonic() - began > settings.restore_seconds:
+            limit = f"within BACKUP_RESTORE_SECONDS={settings.restore_seconds:g}"
+            raise CopyCut(f"{name} did not load the data {limit}", log_remedy)
         time.sleep(POLL_SECONDS)
 
 

@@ -12,7 +12,6 @@ from lib.backup.errors import (
     Failure,
     RestoreFailed,
     SafetyCopyNeeded,
-    TargetCannotReachUs,
     TargetNotEmpty,
 )
 from lib.backup.manifest import Backup
@@ -145,8 +144,6 @@ def put_all(copies: list[Copy], targets: Mapping[str, Target], safety: Safety) -
         if not isinstance(error, Exception):
             reason = "interrupted"
         log(f"failed ({reason}); putting back the previous content")
-        if isinstance(error, TargetCannotReachUs):
-            changed.pop()
         put_back(changed, targets, safety, reason)
         if not isinstance(error, Exception):
             raise
@@ -163,6 +160,8 @@ def put_back(
         target = targets[copy.part]
         previous = safety.copy_of(copy.part)
         try:
+            if not target.changed():
+                continue
             if previous:
                 target.put(Copy(copy.part, previous, {}))
             target.clear(copy, previous)

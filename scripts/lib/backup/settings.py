@@ -70,6 +70,7 @@ class Settings(Environment):
     work: Path = Field(Path(f"/var/tmp/opencode-backup-{os.getuid()}"), alias="BACKUP_WORK_DIR")  # noqa: S108 -- its owner is checked
     max_age_hours: float = Field(26, alias="BACKUP_MAX_AGE_HOURS", ge=0, le=1e6)
     stall_seconds: float = Field(60, alias="BACKUP_STALL_SECONDS", gt=0, le=1e6)
+    restore_seconds: float = Field(3600, alias="BACKUP_RESTORE_SECONDS", gt=0, le=1e6)
     advertise: str = Field("", alias="BACKUP_ADVERTISE", pattern=r"^(.+:\d+)?$")
     schedule: str = Field("23 3 * * *", alias="BACKUP_SCHEDULE")
     host: str = Field(default_factory=socket.gethostname, alias="DD_HOSTNAME")

@@ -33,12 +33,16 @@ class Target(Protocol):
     def put(self, copy: Copy) -> None:
         """Restore and compare. Raises Failure."""
 
+    def changed(self) -> bool:
+        """Return whether a failed ``put`` may have changed the content."""
+        return True
+
     def clear(self, copy: Copy, safety: Path | None) -> None:
         """Undo ``put`` when there was nothing to save, or remove what ``safety`` does not hold."""
 
 
 @dataclass(frozen=True)
-class ServerTarget:
+class ServerTarget(Target):
     """FalkorDB or Valkey."""
 
     server: Database
@@ -102,6 +106,11 @@ class ServerTarget:
                 remedy = "The previous content is restored. Choose another backup: backup list"
                 raise CopyCorrupt(what, remedy)
 
+    def changed(self) -> bool:
+        """Return whether the marker that was set before the transfer is gone; remove it."""
+        with redis_source.unreachable(self.server):
+            return not redis_source.connect(self.server).delete(redis_source.MARKER)
+
     def clear(self, _copy: Copy, safety: Path | None) -> None:
         """Remove all keys."""
         if not safety:
@@ -127,7 +136,7 @@ def comparable(contents: Mapping[str, Any], *, digests: bool) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class DatabaseTarget:
+class DatabaseTarget(Target):
     """OpenCode's database."""
 
     database: Path
@@ -158,7 +167,7 @@ class DatabaseTarget:
 
 
 @dataclass(frozen=True)
-class FilesTarget:
+class FilesTarget(Target):
     """OpenCode's files."""
 
     settings: Settings
