@@ -19,7 +19,7 @@ import pytest
 
 from pipeline.core.clock import now
 from pipeline.core.errors import NightFailed, PipelineError
-from pipeline.core.settings import Settings
+from pipeline.core.settings import ROOT, Settings
 from pipeline.engines import detect
 from pipeline.image.labels import BUILD_OF
 from pipeline.inputs import openagents
@@ -65,6 +65,7 @@ class World:
         ):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             (self.root / name).write_text(f"{name}\n")
+        shutil.copy(ROOT / ".dockerignore", self.root)
         (self.root / "locks/debian.txt").write_text(f"{RECENT}\n")
         self.pin(self.root, OLD)
         self.fetch(self.root, OLD)

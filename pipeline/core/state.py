@@ -1,11 +1,17 @@
-"""State files in ``build/``: JSON, written atomically."""
+"""Files of JSON: those of state in ``build/``, written atomically, and those that people edit."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
+
+STRINGS = r'("(?:[^"\\]|\\.)*")|'
+COMMENT = re.compile(rf"{STRINGS}//[^\n]*|/\*.*?\*/", re.DOTALL)
+TRAILING_COMMA = re.compile(rf"{STRINGS},(?=\s*[]}}])", re.DOTALL)
+"""What OpenCode accepts in its configuration beside JSON; strings are matched to be kept."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -30,3 +36,14 @@ def write_json(path: Path, record: object) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
+
+
+def read_jsonc(path: Path) -> Any:
+    """Return a file of JSON with comments, trailing commas and a BOM, as OpenCode reads it.
+
+    Raises OSError, or ValueError with the line of the fault.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    # Newlines stay, for the line numbers of errors.
+    text = COMMENT.sub(lambda found: found[1] or re.sub(r"[^\n]", " ", found[0]), text)
+    return json.loads(TRAILING_COMMA.sub(lambda found: found[1] or " ", text))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -27,21 +26,14 @@ from pipeline.core.errors import (
 )
 from pipeline.core.process import Completed
 from pipeline.core.settings import BUILD, ROOT, Settings
-from pipeline.core.state import read_json, write_json
+from pipeline.core.state import read_json, read_jsonc, write_json
 from pipeline.engines.engine import Engine
-from pipeline.image import labels
+from pipeline.image import context, labels
 from pipeline.inputs import base, ca, openagents
+from pipeline.inputs.rootfs import Lock
 
 TAIL = 25
 """Lines of a failed build's output that its error repeats."""
-
-INPUTS = (
-    "Containerfile",
-    "config.json",
-    "build_scripts/*",
-    "scripts/**/*",
-    "locks/**/*",
-)
 
 
 def build(
@@ -55,7 +47,7 @@ def build(
 
     The tag moves only if every step passes. Without ``cache`` every step runs again, which brings
     newer Debian packages. Raises ConfigRefused, NothingFetched, BaseUnavailable, ToolMissing,
-    BuildFailed, ContainerfileRefused, LockBroken, EngineLost, DiskFull.
+    BuildFailed, ContainerfileRefused, LockBroken, EngineLost, DiskFull, NotWritable.
     """
     check_config(ROOT / "config.json")
     fetched = openagents.read(ROOT / "vendor")
@@ -66,40 +58,30 @@ def build(
             "this docker has no BuildKit, which `RUN --mount` in the Containerfile needs",
             "Install docker-buildx (package docker-buildx or docker-buildx-plugin), or use podman.",
         )
-    found = base.ensure(
-        engine,
-        settings,
-        dry_run=dry_run,
-    )
+    found = None
+    text = (ROOT / "Containerfile").read_text()
+    if own_base := base_of(text):
+        log(f"base: {own_base}, which the Containerfile names; locks/base.json is not used")
+    else:
+        found = base.ensure(engine, settings, dry_run=dry_run)
     tree = openagents.tree_hash(ROOT / "vendor" / openagents.NAME)
-    inputs = hash_inputs(ROOT, tree)
+    inputs = context.hash_inputs(ROOT, tree)
     record_file = BUILD / f"build-{engine.name}.json"
     last = read_json(record_file)
-    changed = changes(last, inputs)
+    changed = context.changes(last, inputs)
     tag = f"{settings.image}:candidate"
-    if dry_run or found is None:
+    if dry_run:
         log(f"build: would build {tag} with {engine.name}; {'; '.join(changed)}")
         return {}
+    BUILD.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=BUILD).close()  # a read-only checkout fails before the tag moves
     certificates = ca.stage(settings.ca)
     source = f"{fetched.kind} {fetched.commit[:12]}"
-    log(f"build: {engine.name}, {found.reference}, {source}, {certificates} extra CAs")
-    edited = tree != fetched.tree
-    label = labels.instruction(
-        labels.labels(
-            settings.image,
-            found,
-            fetched,
-            edited=edited,
-        )
-    )
+    reference = found.reference if found else own_base
+    log(f"build: {engine.name}, {reference}, {source}, {certificates} extra CAs")
+    values = labels.labels(settings.image, found, fetched, edited=tree != fetched.tree)
     began = time.monotonic()
-    _run(
-        engine,
-        tag,
-        found.reference,
-        label,
-        cache=cache,
-    )
+    _run(engine, tag, found, f"{text}\n{labels.instruction(values)}", cache=cache)
     seconds = time.monotonic() - began
     # Inspect by tag: the ID that buildx reports is not always one that docker knows
     # (https://github.com/moby/moby/issues/45458).
@@ -124,11 +106,22 @@ def build(
     return record
 
 
+def base_of(containerfile: str) -> str:
+    """Return the base that a Containerfile names, or nothing if it is that of locks/base.json."""
+    lock = Lock.read()
+    pinned = f"{lock.image}:{lock.tag}"
+    bases = re.findall(r"(?im)^FROM\s+(?:--\S+\s+)?(\S+)", containerfile)
+    default = re.search(r"(?m)^ARG BASE=(\S+)", containerfile)
+    if {"${BASE}", "$BASE"} & {*bases}:
+        return default[1] if default and default[1] != pinned else ""
+    return "" if pinned in bases else " ".join(bases[-1:])
+
+
 def _run(
     engine: Engine,
     tag: str,
-    base_reference: str,
-    label: str,
+    found: base.Base | None,
+    text: str,
     *,
     cache: bool,
 ) -> None:
@@ -136,25 +129,19 @@ def _run(
     temporary = os.environ.get("TMPDIR", "/var/tmp")  # noqa: S108 -- podman's own default
     with tempfile.TemporaryDirectory(dir=temporary, ignore_cleanup_errors=True) as scratch:
         containerfile = Path(scratch) / "Containerfile"
-        text = (ROOT / "Containerfile").read_text()
-        containerfile.write_text(f"{text}\n{label}")
+        containerfile.write_text(text)
+        build_args = {"BASE": found.reference} if found else {}
         argv = engine.build(
-            ROOT,
-            tag=tag,
-            containerfile=containerfile,
-            build_args={"BASE": base_reference},
-            cache=cache,
+            ROOT, tag=tag, containerfile=containerfile, build_args=build_args, cache=cache
         )
         began = time.time()
         try:
             result = engine.ask(
-                argv,
-                on_line=partial(log, style="dim"),
-                timeout=None,
-                env={"TMPDIR": scratch},
+                argv, on_line=partial(log, style="dim"), timeout=None, env={"TMPDIR": scratch}
             )
         except BaseException:
-            engine.remove_working_containers(began, base_reference)
+            if found:
+                engine.remove_working_containers(began, found.reference)
             raise
     if not result.ok:
         raise explain(result, engine)
@@ -182,7 +169,7 @@ def explain(result: Completed, engine: Engine) -> PipelineError:
     if _mentions(errors, "parse error|unknown instruction|no FROM statement|unable to process"):
         return ContainerfileRefused(
             f"{engine.name} cannot read the Containerfile",
-            "Correct the line that it names; inv lint also finds it.",
+            "Correct the line that it names. Heredocs need buildah 1.33 or a newer docker.",
             details,
         )
     gone = "error during connect|unexpected EOF|Cannot connect to the Docker|transport is closing"
@@ -206,14 +193,7 @@ def explain(result: Completed, engine: Engine) -> PipelineError:
 
 
 def _mentions(text: str, pattern: str) -> bool:
-    return (
-        re.search(
-            pattern,
-            text,
-            re.IGNORECASE,
-        )
-        is not None
-    )
+    return re.search(pattern, text, re.IGNORECASE) is not None
 
 
 def check_config(path: Path) -> None:
@@ -225,9 +205,10 @@ def check_config(path: Path) -> None:
 
     schema = json.loads((ROOT / "locks" / "opencode-config.schema.json").read_text())
     try:
-        config = json.loads(path.read_text())
+        config = read_jsonc(path)
     except (OSError, ValueError) as error:
-        raise ConfigRefused(f"{path.name}: {error}", "It must be JSON.") from error
+        remedy = "It must be JSON; comments and trailing commas are allowed."
+        raise ConfigRefused(f"{path.name}: {error}", remedy) from error
     faults = []
     for fault in jsonschema.Draft202012Validator(schema).iter_errors(config):
         where = ".".join(map(str, fault.path)) or "top level"
@@ -238,32 +219,6 @@ def check_config(path: Path) -> None:
             "See https://opencode.ai/docs/config for the keys.",
             "\n".join(sorted(faults)),
         )
-
-
-def hash_inputs(root: Path, openagents_tree: str) -> dict[str, str]:
-    """Return the SHA-256 of each file that goes into the image, by path; OpenAgents as one tree."""
-    hashes = {}
-    for pattern in INPUTS:
-        for path in sorted(root.glob(pattern)):
-            if path.is_file() and "__pycache__" not in path.parts:
-                digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                hashes[str(path.relative_to(root))] = digest
-    return {**hashes, "vendor/OpenAgents": openagents_tree}
-
-
-def changes(last: dict[str, Any], inputs: dict[str, str]) -> list[str]:
-    """Return what changed since the build with the record ``last``, one phrase per input."""
-    before = last.get("inputs")
-    if not before:
-        return ["the first build here"]
-    changed = []
-    for path, digest in inputs.items():
-        if path not in before:
-            changed.append(f"{path} is new")
-        elif before[path] != digest:
-            changed.append(f"{path} changed")
-    changed += [f"{path} was removed" for path in before if path not in inputs]
-    return changed or ["nothing changed"]
 
 
 def _report(record: dict[str, Any], last: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ NIGHTLY = "-nightly"
 
 def labels(
     image: str,
-    base: Base,
+    base: Base | None,
     fetched: Record,
     *,
     edited: bool,
@@ -35,19 +35,13 @@ def labels(
     revision = _git("rev-parse", "HEAD")
     if revision and _git("status", "--porcelain"):
         revision += "-dirty"
-    source = without_credentials(
-        _git(
-            "config",
-            "--get",
-            "remote.origin.url",
-        )
-    )
+    source = without_credentials(_git("config", "--get", "remote.origin.url"))
     return {
         BUILD_OF: owner_of(image),
         f"{OCI}.title": "opencode-server",
         f"{OCI}.source": source or "unknown",
-        f"{OCI}.base.name": base.name,
-        f"{OCI}.base.digest": base.digest or f"sha256:{base.image_id}",
+        f"{OCI}.base.name": base.name if base else "unknown",
+        f"{OCI}.base.digest": (base.digest or f"sha256:{base.image_id}") if base else "unknown",
         f"{OURS}.kind": fetched.kind,
         f"{OURS}.source": without_credentials(fetched.url),
         f"{OURS}.commit": f"{fetched.commit}-edited" if edited else fetched.commit,
@@ -77,12 +71,5 @@ def owner_of(image: str) -> str:
 def _git(*words: str) -> str:
     if not (ROOT / ".git").exists():
         return ""  # An unpacked archive. A repository above it is another project's.
-    result = process.run(
-        [
-            "git",
-            "-C",
-            str(ROOT),
-            *words,
-        ]
-    )
+    result = process.run(["git", "-C", str(ROOT), *words])
     return result.stdout.strip() if result.ok else ""

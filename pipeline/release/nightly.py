@@ -37,7 +37,7 @@ from pipeline.core.state import read_json, write_json
 from pipeline.engines import detect
 from pipeline.engines.engine import Engine
 from pipeline.image import tags
-from pipeline.image.build import hash_inputs
+from pipeline.image.context import hash_inputs
 from pipeline.image.labels import NIGHTLY
 from pipeline.release import bump, history, notify, promote, prune
 

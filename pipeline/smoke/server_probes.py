@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.core.settings import ROOT
+from pipeline.core.state import read_jsonc
 from pipeline.engines.container import Container, Server
 from pipeline.inputs.rootfs import architecture
 from pipeline.smoke.probe import (
@@ -67,7 +68,7 @@ def read_inventory(container: Container) -> Inventory:
 def config(subject: ServerSubject) -> str:
     """/config has every setting of config.json; OpenCode adds its own."""
     served = request(subject.server, "/config")
-    wanted = json.loads((ROOT / "config.json").read_text())
+    wanted = read_jsonc(ROOT / "config.json")
     missing = [key for key, value in wanted.items() if not _includes(served.get(key), value)]
     if missing:
         raise ProbeFailed(f"/config differs from config.json in {', '.join(missing)}")

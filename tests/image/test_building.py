@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import re
+import shutil
 import signal
 import subprocess
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline.core import process
+from pipeline.image.context import files
 from tests.conftest import IMAGE, Built, Checkout, Dockerd, storage
 
 pytestmark = pytest.mark.engine
@@ -49,24 +53,113 @@ def test_it_says_what_it_made_and_what_changed_since(built: Built) -> None:
     assert record["changes"] == ["config.json changed", "scripts/health changed"]
 
 
-@pytest.mark.usefixtures("unmoved")
-def test_a_contributor_builds_the_same_without_inv(built: Built) -> None:
+def plain_build(built: Built) -> process.Completed:
+    """Build as a contributor does who does not know of inv."""
     words = ["--format", "docker"] if built.engine.podman else []
     # By its own name: tests beside this one give node:20-slim to other images.
     (base,) = re.findall(r"build: \w+, (\S+?),? ", built.said)
-    words += ["--build-arg", f"BASE={base}"]
+    words += ["--build-arg", f"BASE={base}"] * (
+        "${BASE}" in (built.checkout.root / "Containerfile").read_text()
+    )
     argv = [built.engine.program, *built.engine.flags, "build", *words, *built.engine.limits]
-    done = process.run(
-        [*argv, "--tag", f"{IMAGE}-plain", "."], cwd=built.checkout.root, env=built.engine.env
+    argv += ["--file", "Containerfile", "--tag", f"{IMAGE}-plain", "."]
+    return built.engine.ask(argv, cwd=built.checkout.root)
+
+
+# Edits of a Containerfile. Each is small: what is compared is how the file is read.
+BASE = "ARG BASE=node:20-slim\nFROM ${BASE}\n"
+OTHER = "FROM opencode-server-proof:1\n"
+EDITS = {
+    "args before FROM": f"ARG TEAM=platform\n{BASE}ARG TEAM\nRUN echo team $TEAM > /team\n",
+    "another base": f"ARG BASE=opencode-server-proof:1\n{BASE[22:]}COPY config.json /\n",
+    "a base by name": f"{OTHER}COPY --chown=1000:1000 config.json /\nUSER 1000",
+    "no base": "FROM scratch\nADD config.json /\nENV A='b c'\nENTRYPOINT [\"/x\"]\n",
+    "stages": f"{OTHER.strip()} AS tools\nCOPY config.json /x\n{BASE}COPY --from=tools /x /y\n",
+    "a stage after the last": f"{BASE.strip()} as server\nCOPY inv /\nfrom server AS debug\nUSER 1\n",
+    "a stage beside it": f"{BASE.strip()} AS system\nFROM system AS lint\nWORKDIR /lint\n",
+    "an image's file": f"{BASE}COPY --from=opencode-server-proof:1 /exit0 /exit0\n",
+    "a directive": f"# escape=`\n{BASE}COPY `\n config.json `\n /\n",
+    "a heredoc": f"{BASE}RUN <<END\necho heredoc > /h\nEND\n",
+    "a file that is not in the context": f"{BASE}COPY docs/image.md /\n",
+    "a new file": f"{BASE}COPY extra/ /extra/\nRUN --mount=type=bind,source=extra,target=/m ls /m",
+}
+
+
+def test_what_the_containerfile_says_is_what_is_built(built: Built) -> None:
+    """Each row by inv and by the engine alone: the same layers and configuration, or both fail."""
+    checkout = built.checkout
+    (checkout.root / "extra").mkdir()
+    (checkout.root / "extra/tool.sh").write_text("one")
+    rows = {"none": (checkout.root / "Containerfile").read_text(), **EDITS}
+    try:
+        with checkout.changed(".dockerignore", append="!extra\n!inv\n"):
+            for row, text in rows.items():
+                with checkout.changed("Containerfile", text):
+                    done, plain = built.inv("build"), plain_build(built)
+                    assert (done.code == 0) == plain.ok, (row, done.stderr, plain.output)
+                    if not plain.ok:
+                        assert row in {"a heredoc", "a file that is not in the context"}, (
+                            plain.output
+                        )
+                        continue
+                    images = built.inspect(built.engine.local(f"{IMAGE}-plain")), built.inspect()
+                    assert images[0]["RootFS"] == images[1]["RootFS"], row
+                    configs = [{**image["Config"], "Labels": 0, "Image": 0} for image in images]
+                    assert configs[0] == configs[1], row
+            with checkout.changed("Containerfile", EDITS["a new file"]):
+                assert built.inv("build").code == 0
+                (checkout.root / "extra/tool.sh").write_text("two")
+                assert "since the last build: extra/tool.sh changed" in built.inv("build").stdout
+                assert built.inspect()["RootFS"] != images[1]["RootFS"]
+    finally:
+        shutil.rmtree(checkout.root / "extra")
+        assert built.inv("build").code == 0
+
+
+RULES = r"""
+# a comment
+*
+!one
+one/a.*
+!**/keep
+two
+!two/x/y
+/three/
+!three/*/q
+!sp ace
+**/deep/*.k
+!name[0-9]
+!./four/../five
+five/?
+"""
+PATHS = (
+    "one/a.b one/ab one/c/a.b one/keep keep x/keep/z two/x/y two/x/z two/y three/q three/a/q "
+    "three/a/b/q sp name1 namex five/a five/ab four/a deep/a.k one/deep/a.k one/deep/b/a.k"
+)
+
+
+def test_the_context_is_what_the_engine_sees(built: Built, tmp_path: Path) -> None:
+    for name in [*PATHS.split(), "sp ace/b"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "one/link").symlink_to("nowhere")
+    (tmp_path / ".dockerignore").write_text(RULES)
+    file = tmp_path / "Containerfile"
+    file.write_text("FROM scratch\nCOPY . /context/\n")
+    done = built.engine.ask(
+        built.engine.build(tmp_path, tag=f"{IMAGE}-context", containerfile=file)
     )
     assert done.ok, done.output
-    plain, ours = built.inspect(built.engine.local(f"{IMAGE}-plain")), built.inspect()
-    assert {**plain["Config"], "Labels": 0, "Image": 0} == {
-        **ours["Config"],
-        "Labels": 0,
-        "Image": 0,
-    }
-    assert plain["RootFS"]["Layers"] == ours["RootFS"]["Layers"]
+    archive = tmp_path / "image.tar"
+    built.engine.save(built.engine.local(f"{IMAGE}-context"), archive)
+    seen: set[str] = set()
+    with tarfile.open(archive) as outer:
+        manifest = json.load(outer.extractfile("manifest.json") or io.BytesIO())
+        for name in manifest[0]["Layers"]:
+            with tarfile.open(fileobj=outer.extractfile(name)) as layer:
+                seen |= {member.name for member in layer if not member.isdir()}
+    archive.unlink()
+    assert {f"context/{path}" for path in files(tmp_path)} == seen
 
 
 @pytest.mark.usefixtures("unmoved")

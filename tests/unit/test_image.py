@@ -25,9 +25,11 @@ from pipeline.core.errors import (
     ToolMissing,
 )
 from pipeline.core.settings import ROOT, Settings
+from pipeline.core.state import read_jsonc
 from pipeline.engines.engine import Engine
 from pipeline.image import build, labels
-from pipeline.image.build import changes, check_config, explain
+from pipeline.image.build import base_of, check_config, explain
+from pipeline.image.context import changes, hash_inputs
 from pipeline.inputs import base, ca, openagents
 
 ENGINE = Engine("docker", "/d", "20.10", buildkit=True)
@@ -163,7 +165,7 @@ def test_a_missing_configuration_is_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """The parts of this repository that go into an image."""
-    for name in ("Containerfile", "config.json"):
+    for name in ("Containerfile", "config.json", ".dockerignore"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "locks", tmp_path / "locks")
     (tmp_path / "scripts" / "__pycache__").mkdir(parents=True)
@@ -173,7 +175,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_what_changed_since_the_last_build(tree: Path) -> None:
-    before = build.hash_inputs(tree, "tree-1")
+    before = hash_inputs(tree, "tree-1")
     assert {
         "Containerfile",
         "config.json",
@@ -186,12 +188,82 @@ def test_what_changed_since_the_last_build(tree: Path) -> None:
     assert changes({"inputs": before}, before) == ["nothing changed"]
     (tree / "config.json").write_text("{}")
     (tree / "scripts" / "status").rename(tree / "scripts" / "state")
-    assert changes({"inputs": before}, build.hash_inputs(tree, "tree-2")) == [
+    assert changes({"inputs": before}, hash_inputs(tree, "tree-2")) == [
         "config.json changed",
         "scripts/state is new",
         "vendor/OpenAgents changed",
         "scripts/status was removed",
     ]
+
+
+def test_every_input_that_the_engine_sees_is_one_that_changes(tree: Path) -> None:
+    rules = (tree / ".dockerignore").read_text()
+    (tree / ".dockerignore").write_text(f"{rules}!extra\n")
+    (tree / "extra").mkdir()
+    tool = tree / "extra" / "tool.sh"
+    tool.write_text("#!/bin/sh\n")
+    (tree / "extra" / ".env").write_text("excluded by an earlier line, included by the last")
+    before = hash_inputs(tree, "")
+    assert {"extra/tool.sh", "extra/.env", "config.json"} <= before.keys()
+    edits: dict[str, Callable[[], object]] = {
+        "extra/tool.sh": lambda: tool.chmod(0o700),
+        ".dockerignore": lambda: (tree / ".dockerignore").write_text(f"# new\n{rules}!extra\n"),
+        "locks/base.json": lambda: (tree / "locks/base.json").write_text("{}"),
+        "extra/link": lambda: (tree / "extra/link").symlink_to("nowhere"),
+    }
+    for name, edit in edits.items():
+        edit()
+        after = hash_inputs(tree, "")
+        assert [said.split()[0] for said in changes({"inputs": before}, after)] == [name]
+        before = after
+
+
+def test_a_script_with_the_line_ends_of_windows_is_named(tree: Path) -> None:
+    (tree / "scripts/status").write_bytes(b"#!/bin/sh\r\ntrue\r\n")
+    with pytest.raises(ContainerfileRefused, match="scripts/status has the line ends of Windows"):
+        hash_inputs(tree, "")
+
+
+@pytest.mark.parametrize(
+    ("containerfile", "base"),
+    [
+        ("ARG BASE=node:20-slim\nFROM ${BASE}\n", ""),
+        ("ARG BASE=node:20-slim\nFROM alpine AS tools\nFROM $BASE AS x\n", ""),
+        ("ARG BASE\nFROM ${BASE}", ""),
+        ("FROM node:20-slim", ""),
+        ("from --platform=linux/amd64 node:20-slim as x\nFROM x AS y", ""),
+        ("ARG BASE=node:22-slim\nFROM ${BASE}\n", "node:22-slim"),
+        ("ARG BASE=node:20-slim\nFROM alpine\nFROM debian:12", "debian:12"),
+        ("FRUM x", ""),
+    ],
+)
+def test_the_base_is_the_one_that_the_containerfile_names(containerfile: str, base: str) -> None:
+    assert base_of(containerfile) == base
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("\ufeff{}", {}),
+        (
+            '{"a": "// no /* comment */ ,}", // one\n /* two\n */ "b": [1, 2,],}',
+            {"a": "// no /* comment */ ,}", "b": [1, 2]},
+        ),
+        ('{"a": "\\"//",\r\n}', {"a": '"//'}),
+        ('{"a": 1, // last\n}', {"a": 1}),
+    ],
+)
+def test_a_configuration_may_be_what_opencode_reads(
+    tmp_path: Path, text: str, value: object
+) -> None:
+    (tmp_path / "config.json").write_text(text, newline="")
+    assert read_jsonc(tmp_path / "config.json") == value
+
+
+def test_a_fault_in_a_configuration_has_its_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{ /* one\n two */\n //\n 'a': 1}")
+    with pytest.raises(ValueError, match="line 4 column 2"):
+        read_jsonc(tmp_path / "config.json")
 
 
 FETCHED = openagents.Record(
@@ -380,7 +452,7 @@ def test_an_image_that_a_builder_elsewhere_keeps_is_not_taken_for_built(
         EngineLost, match="docker built opencode-server:candidate, but does not have it"
     ):
         build.build(Settings(), ENGINE)
-    assert not (tree / "build").exists()
+    assert not list((tree / "build").iterdir())
 
 
 def test_a_docker_without_buildkit_is_refused(ready: Callable[..., Builder]) -> None:
