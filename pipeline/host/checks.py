@@ -36,23 +36,8 @@ def lint_argvs(bin_directory: Path) -> dict[str, list[str]]:
     python = str(bin_directory / "python")
     hadolint = [str(bin_directory / "hadolint"), "--no-color"]
     return {
-        "ruff check": [
-            python,
-            "-m",
-            "ruff",
-            "check",
-            "--quiet",
-            ".",
-        ],
-        "ruff format": [
-            python,
-            "-m",
-            "ruff",
-            "format",
-            "--quiet",
-            "--diff",
-            ".",
-        ],
+        "ruff check": [python, "-m", "ruff", "check", "--quiet", "."],
+        "ruff format": [python, "-m", "ruff", "format", "--quiet", "--diff", "."],
         "mypy --strict": [python, "-m", "mypy"],
         "hadolint": [*hadolint, "Containerfile", "deploy/databases/Containerfile"],
         "shellcheck": [str(bin_directory / "shellcheck"), *shell_scripts()],
@@ -75,17 +60,10 @@ def lint() -> None:
                 fail(line)
                 failed.append(name)
     if failed:
-        raise ChecksFailed(
-            f"{', '.join(failed)} failed",
-            "Correct what is printed above.",
-        )
+        raise ChecksFailed(f"{', '.join(failed)} failed", "Correct what is printed above.")
 
 
-def test(
-    *,
-    unit: bool = False,
-    keyword: str = "",
-) -> None:
+def test(*, unit: bool = False, keyword: str = "") -> None:
     """Run the linters, then pytest. Raises ChecksFailed.
 
     All tests together need podman and docker, which are installed if they are missing.
@@ -100,12 +78,7 @@ def test(
         argv += ["-k", keyword]
     if not unit and not keyword:
         # tests/conftest.py says which tests run in the same process.
-        argv += [
-            "--numprocesses",
-            "3",
-            "--dist",
-            "loadscope",
-        ]
+        argv += ["--numprocesses", "3", "--dist", "loadscope"]
     done = process.run(argv, cwd=ROOT, terminal=True)
     if not done.ok:
         raise ChecksFailed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+from typing import Any
 
 from pipeline.core import process
 from pipeline.core.console import log, ok, warn
@@ -16,22 +17,8 @@ FOR_BASE = ("mmdebstrap", "debian-archive-keyring")
 """The packages that build the base image where no registry answers."""
 
 PACKAGES = (
-    *(
-        "podman",
-        "netavark",
-        "aardvark-dns",
-        "iptables",
-        "nftables",
-    ),
-    *(
-        "catatonit",
-        "runc",
-        "uidmap",
-        "slirp4netns",
-        "passt",
-        "fuse-overlayfs",
-    ),
-    *(*FOR_BASE, "ca-certificates", "git"),
+    "podman netavark aardvark-dns iptables nftables catatonit runc uidmap slirp4netns passt"
+    " fuse-overlayfs mmdebstrap debian-archive-keyring ca-certificates git"
 )
 """The packages of an engine on Debian 12, Ubuntu 24.04 and newer.
 
@@ -61,18 +48,11 @@ FOR_TESTS = {
 SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 """Where daemons are installed; the PATH of Debian's users lacks these directories."""
 
-INSTALL = [
-    *(
-        "env",
-        "DEBIAN_FRONTEND=noninteractive",
-        "apt-get",
-        "install",
-        "--yes",
-    ),
-    *("--no-install-recommends", "--no-upgrade"),
+INSTALL = (
+    "env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends --no-upgrade"
     # A new Ubuntu machine updates itself at first and holds dpkg's lock for some minutes.
-    *("--option", "DPkg::Lock::Timeout=300"),
-]
+    " --option DPkg::Lock::Timeout=300"
+)
 
 
 def setup(
@@ -118,7 +98,7 @@ def missing(
     programs = {"git": "git"}
     if tests:
         programs |= FOR_TESTS
-    packages = [] if engine else list(PACKAGES)
+    packages = [] if engine else PACKAGES.split()
     for program, names in programs.items():
         if not shutil.which(program, path=path):
             packages += names.split()
@@ -143,7 +123,7 @@ def install(
     allowed = root or shutil.which("sudo") is not None
     prefix = ["sudo"] if allowed and not root else []
     update = [*prefix, "apt-get", "update"]
-    argv = [*prefix, *INSTALL, *packages]
+    argv = [*prefix, *INSTALL.split(), *packages]
     command = f"{shlex.join(update)} && {shlex.join(argv)}"
     log(f"installing {', '.join(packages)}:\n  {command}")
     if dry_run:
@@ -153,24 +133,14 @@ def install(
             "root is needed, and sudo is not installed",
             f"As root: {command}",
         )
-    try:
-        _run(update)
-    except SetupFailed:
+    # sudo gets the terminal, since it may ask for a password.
+    options: dict[str, Any] = {"terminal": True} if prefix else {"on_line": log, "tail": 15}
+    if not process.run(update, **options).ok:
         warn("apt-get update failed; the package lists may be outdated")
-    _run(argv)
-
-
-def _run(argv: list[str]) -> None:
-    """Run a command with its output shown. Raises SetupFailed.
-
-    sudo gets the terminal, since it may ask for a password.
-    """
-    terminal = argv[0] == "sudo"
-    done = process.run(argv, terminal=terminal, on_line=None if terminal else log, tail=15)
+    done = process.run(argv, **options)
     if not done.ok:
-        what = f"{shlex.join(argv[:3])} exited with {done.code}"
         raise SetupFailed(
-            what,
+            f"apt-get install exited with {done.code}",
             f"Run it by hand: {shlex.join(argv)}",
             done.output,
         )

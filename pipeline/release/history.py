@@ -20,16 +20,7 @@ FILE = BUILD / "history.jsonl"
 
 Record = dict[str, Any]
 
-COLUMNS = (
-    "when",
-    "what",
-    "",  # the outcome of a night
-    "image",
-    "tag",
-    "size",
-    "took",
-    "",  # the reason, or what changed
-)
+COLUMNS = ["when", "what", "outcome", "image", "tag", "size", "took", "reason or changes"]
 
 
 def append(record: Record) -> None:

@@ -24,12 +24,7 @@ LETTERS = {
 }
 """What a night's square contains, so that outcomes differ by more than their colour."""
 
-CHANGES = (
-    "night",
-    "release",
-    "rollback",
-    "push",
-)
+CHANGES = ["night", "release", "rollback", "push"]
 """The kinds of records that are listed as changes."""
 
 STYLE = """
@@ -85,18 +80,15 @@ FAILURE = """<section><h2>The last failure</h2>
 
 PLOT = """<section><h2>{title}</h2>
 <p class="soft">{newest:,.1f} {unit} now, {least:,.1f} to {most:,.1f}</p>
-<svg viewBox="0 -8 320 150" role="img">{scale}
+<svg viewBox="0 -8 320 150" role="img">
 <polyline points="{line}" fill="none" stroke="var(--blue)" stroke-width="2"/>{dots}
-<text x="42" y="138">{first}</text>
+<text y="138">{first}</text>
 <text x="320" y="138" text-anchor="end">{last}</text></svg></section>"""
 
 EMPTY_PLOT = '<section><h2>{title}</h2><p class="soft">Nothing measured yet.</p></section>'
 
 DOT = """<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--blue)">
 <title>{when}: {value:,.1f} {unit}</title></circle>"""
-
-SCALE = """<line x1="42" x2="320" y1="{y}" y2="{y}" stroke="var(--line)"/>
-<text x="36" y="{text_y}" text-anchor="end">{value:.4g}</text>"""
 
 
 def write(output: str) -> Path:
@@ -146,37 +138,26 @@ def plot(
     unit: str,
     divisor: float = 1,
 ) -> str:
-    """Return a line chart of the last values of ``key``, divided to be in ``unit``, as SVG.
-
-    The line is in an area of 270 by 120, to the right of the scale's labels.
-    """
+    """Return a line chart of the last values of ``key``, divided to be in ``unit``, as SVG."""
     points = [record for record in records if record.get(key) is not None][-NIGHTS:]
     if not points:
         return EMPTY_PLOT.format(title=title)
     values = [record[key] / divisor for record in points]
     least, most = min(values), max(values)
-    margin = 0.15 * (most - least or most * 0.1 or 1)
-    bottom = max(0, least - margin)
-    height = most + margin - bottom
-    step = 270 / max(1, len(points) - 1)
+    step = 320 / max(1, len(points) - 1)
     line = []
     dots = []
     for index, value in enumerate(values):
-        x = 42 + step * index
-        y = 120 - 120 * (value - bottom) / height
+        x = step * index
+        y = 120 - 120 * (value - least) / (most - least or 1)
         line.append(f"{x:.1f},{y:.1f}")
         dots.append(DOT.format(x=x, y=y, when=_when(points[index]), value=value, unit=unit))
-    scale = [
-        SCALE.format(y=120 * part, text_y=120 * part + 4, value=bottom + height * (1 - part))
-        for part in (0, 0.5, 1)
-    ]
     return PLOT.format(
         title=title,
         newest=values[-1],
         unit=unit,
         least=least,
         most=most,
-        scale="".join(scale),
         line=" ".join(line),
         dots="".join(dots),
         first=_when(points[0])[:10],

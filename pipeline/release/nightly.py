@@ -17,8 +17,9 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
+from functools import partial
 from typing import Any
 
 from pipeline.core import process
@@ -245,14 +246,8 @@ class Night:
         # JSON is YAML too. A file that is given by --config overrides the environment.
         file = self.directory / "settings.json"
         write_json(file, config)
-        argv = [sys.executable, "-P", "-m", "invoke"]
-        argv += [
-            "--search-root",
-            str(self.tree),
-            "--config",
-            str(file),
-            *words,
-        ]
+        argv = [sys.executable, "-P", "-m", "invoke", "--search-root", str(self.tree)]
+        argv += ["--config", str(file), *words]
         env = {"GIT_OPTIONAL_LOCKS": "0", "PYTHONUNBUFFERED": "1"}
         result = process.run(
             argv,
@@ -287,20 +282,16 @@ class Night:
         if "outcome" not in self.record:
             self.record |= {"outcome": "failed", "where": self.step, "why": "interrupted"}
         self.record["seconds"] = round(time.monotonic() - self.began, 2)
-        actions = [self.append, self.notify, self.clean_up]
+        actions: list[Callable[[], None]] = [
+            partial(history.append, self.record),
+            partial(notify.send, self.settings, self.record),
+            self.clean_up,
+        ]
         for action in actions[2:] if self.dry_run else actions:
             try:
                 action()
             except Exception as error:  # noqa: BLE001 -- see above
                 warn(f"nightly: {type(error).__name__}: {error}")
-
-    def append(self) -> None:
-        """Append the record to the history."""
-        history.append(self.record)
-
-    def notify(self) -> None:
-        """Send the record to those who want to know."""
-        notify.send(self.settings, self.record)
 
     def clean_up(self) -> None:
         """Remove the copy and older images, unless the next night completes the release."""

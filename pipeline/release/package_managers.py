@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.core import process
 from pipeline.core.errors import BumpFailed, PipelineError, SourcesUnreachable
-from pipeline.core.pip import tool_env
+from pipeline.core.pip import install_argv, tool_env
 from pipeline.core.settings import Settings
 from pipeline.inputs import ca, rootfs
 
@@ -64,12 +64,7 @@ def newest_on_npm(settings: Settings, ranges: Mapping[str, str]) -> dict[str, st
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         (directory / "package.json").write_text(json.dumps(project))
-        output = npm(
-            settings,
-            "outdated",
-            "--json",
-            cwd=directory,
-        )
+        output = npm(settings, "outdated", "--json", cwd=directory)
     packages = json.loads(output or "{}")
     newest = {}
     for name, versions in ranges.items():
@@ -89,13 +84,7 @@ def compile_lock(settings: Settings, locks: Path, source: str) -> str:
     env = tool_env()
     env["UV_HTTP_TIMEOUT"] = str(settings.network.stall_seconds)
     with tempfile.NamedTemporaryFile() as file:
-        argv = [
-            uv(locks),
-            *COMPILE.split(),
-            "--output-file",
-            file.name,
-            *source.split(),
-        ]
+        argv = [uv(locks), *COMPILE.split(), "--output-file", file.name, *source.split()]
         result = _run(argv, env, locks)
         if not result.ok:
             raise _failure(f"uv cannot resolve locks/{source}", result.output)
@@ -122,20 +111,7 @@ def uv(locks: Path) -> str:
             if not find_spec("pip"):
                 # A .venv made by uv has no pip; the Python that it is based on has.
                 python = getattr(sys, "_base_executable", python)
-            argv = [
-                python,
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--require-hashes",
-            ]
-            argv += [
-                "--requirement",
-                str(lock),
-                "--target",
-                str(draft),
-            ]
+            argv = [python, *install_argv(lock, pip=True)[1:], "--target", str(draft)]
             result = _run(argv, tool_env())
             if not result.ok:
                 raise _failure("pip cannot install uv", result.output)
