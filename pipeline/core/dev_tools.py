@@ -20,6 +20,8 @@ from pipeline.core.settings import ROOT
 def missing_tools(project: Path = ROOT / "pyproject.toml") -> list[str]:
     """Return the development tools in pyproject.toml that this interpreter lacks."""
     dependencies = tomllib.loads(project.read_text())["project"]["optional-dependencies"]["dev"]
+    if sys.version_info >= (3, 14):
+        dependencies = [each for each in dependencies if "python_version < '3.14'" not in each]
     installed = {normalized(each.name) for each in importlib.metadata.distributions()}
     names = [re.split(r"[^\w.-]", dependency)[0] for dependency in dependencies]
     return [name for name in names if normalized(name) not in installed]
