@@ -3,8 +3,11 @@
 set -eu
 touch /tmp/started
 
+export DEBIAN_FRONTEND=noninteractive
 apt-get update
-DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@"
+# The official node:20-slim is no longer rebuilt: Node 20 ended in April 2026.
+apt-get upgrade --yes --no-install-recommends
+apt-get install --yes --no-install-recommends "$@"
 
 # A new volume takes the mode of its mount point. /root is HOME for every user, and is only read.
 mkdir -p /root/.local/share/opencode /workspace /backups

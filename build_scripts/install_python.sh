@@ -13,7 +13,10 @@ fi
 export PYTHONDONTWRITEBYTECODE=1 # of the system's pip
 python3 -m pip install --quiet --root-user-action=ignore --no-cache-dir --no-compile \
     --require-hashes --requirement "$here/uv.txt" --target /tmp/uv
-python3 -m venv --without-pip /opt/venv # the system's pip serves it
+python3 -m venv --without-pip /opt/venv # the system's pip serves it: a second copy takes 12 MB
+ln -s /usr/lib/python3/dist-packages/pip /opt/venv/lib/python3*/site-packages/
+printf '#!/bin/sh\nexec /opt/venv/bin/python -m pip "$@"\n' >/opt/venv/bin/pip
+chmod 755 /opt/venv/bin/pip
 /tmp/uv/bin/uv pip install --quiet --python /opt/venv/bin/python --no-cache --link-mode copy --require-hashes \
     --requirement "$here/image.txt"
 rm -rf /tmp/uv

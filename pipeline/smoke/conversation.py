@@ -243,16 +243,19 @@ def events(session: Session) -> str:
 
 
 def agent(session: Session) -> str:
-    """A prompt can choose an agent of OpenAgents by name."""
+    """A prompt can choose an agent of OpenAgents by name, and it can read OpenAgents' context."""
     listed = session.request("/agent")
     primary = {agent["name"] for agent in listed if agent["mode"] != "subagent"}
     name = min(primary.intersection(session.inventory()["agent"]), default="")
     if not name:
         raise ProbeFailed("no agent of OpenAgents can be chosen")
-    answered = session.prompt(agent=name)["info"]["agent"]
+    contexts = session.inventory().get("context", [])[:1]
+    calls = [("read", {"filePath": f".opencode/context/{context}.md"}) for context in contexts]
+    answered = session.prompt(*calls, agent=name)["info"]["agent"]
     if answered != name:
         raise ProbeFailed(f"chose {name}, and {answered} answered")
-    return f"{name} answers"
+    session.outputs()
+    return f"{name} answers{' and reads its context' if contexts else ''}"
 
 
 def command(session: Session) -> str:

@@ -24,7 +24,8 @@ OPENAGENTS = "/opt/openagents/.opencode"
 INVENTORY = """
 import json, pathlib, re, sys
 root = pathlib.Path(sys.argv[1])
-patterns = {"agent": "**/*.md", "command": "**/*.md", "skill": "**/SKILL.md", "tool": "*.ts"}
+patterns = {"agent": "**/*.md", "command": "**/*.md", "skill": "**/SKILL.md", "tool": "*.ts",
+            "context": "**/*.md"}
 found = {kind: [] for kind in patterns}
 for kind, pattern in patterns.items():
     for folder in (root / kind, root / (kind + "s")):
@@ -33,7 +34,7 @@ for kind, pattern in patterns.items():
             named = re.search(r"^name: *(.*?) *$", front[1], re.M) if front else None
             if kind in ("agent", "skill") and named:
                 found[kind].append(named[1].strip(chr(34) + chr(39)))
-            elif front or kind in ("tool", "command"):
+            elif front or kind in ("tool", "command", "context"):
                 found[kind].append(path.relative_to(folder).with_suffix("").as_posix())
 print(json.dumps({kind: sorted(set(names)) for kind, names in found.items()}))
 """
@@ -43,7 +44,7 @@ Agents and skills are named in their front matter, commands and tools by their p
 """
 
 Inventory = Mapping[str, list[str]]
-"""The names in OpenAgents by kind: agent, command, skill, tool."""
+"""The names in OpenAgents by kind: agent, command, skill, tool, context."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ def _includes(
 ) -> bool:
     if isinstance(wanted, dict) and isinstance(served, dict):
         return all(_includes(served.get(key), value) for key, value in wanted.items())
+    if isinstance(wanted, list) and isinstance(served, list):
+        return all(value in served for value in wanted)
     return bool(served == wanted)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from pipeline.engines.container import Container, running
+from pipeline.engines.container import STATE, Container, running
 from tests.conftest import Built
 
 pytestmark = pytest.mark.engine
@@ -46,15 +48,68 @@ def test_a_hardened_container_is_a_place_to_work(built: Built) -> None:
             "cd /tmp/p && npm install --offline ../left-1.0.0.tgz && ls node_modules/left",
         )
 
+        assert shell(container, "pip --version").endswith("(python 3.11)")
+        assert shell(container, "python3 -m pip --version; command -v pip").endswith(
+            "/opt/venv/bin/pip"
+        )
+        shell(container, "/usr/bin/python3 -m venv /tmp/venv && /tmp/venv/bin/pip --version")
+
+
+def tool_of_the_project(container: Container) -> None:
+    """Write a tool into /workspace/.opencode, and let the server read the directory again."""
+    folder = "/workspace/.opencode/tool"
+    shell(container, f"mkdir -p {folder} && cat >{folder}/hello.ts <<'END'\n{TOOL}\nEND")
+    shell(container, "curl -fsS -X POST http://localhost:4096/instance/dispose >/dev/null")
+
 
 @pytest.mark.usefixtures("unmoved")
-def test_a_tool_of_the_project_loads(built: Built) -> None:
+def test_a_tool_of_the_project_loads_and_a_wrong_configuration_is_named(built: Built) -> None:
     with running(built.engine, built.inspect()["Id"]) as container:
         container.wait_ready(60)
-        assert container.server
-        folder = "/workspace/.opencode/tool"
-        shell(container, f"mkdir -p {folder} && cat >{folder}/hello.ts <<'END'\n{TOOL}\nEND")
-        shell(container, "curl -fsS -X POST http://localhost:4096/instance/dispose >/dev/null")
+        tool_of_the_project(container)
         answer = container.server.get("/experimental/tool/ids", timeout=120)
         assert answer.status_code == 200, answer.text
         assert "hello" in answer.json()
+
+        # A wrong opencode.json: the server is alive, and the health check names the file.
+        shell(container, "echo '{\"model\": 7}' >/workspace/opencode.json")
+        shell(container, "curl -fsS -X POST http://localhost:4096/instance/dispose >/dev/null")
+        url = "http://localhost:4096/global/health"
+        assert container.exec("/app/scripts/health", url, timeout=60).ok
+        checked = container.exec("/app/scripts/health", timeout=60)
+        assert not checked.ok
+        assert "/workspace/opencode.json" in checked.output
+
+
+@pytest.mark.parametrize("built", ["podman"], indirect=True)  # the server is the same in both
+@pytest.mark.usefixtures("unmoved")
+def test_a_tool_of_the_project_loads_without_a_network(built: Built) -> None:
+    with running(built.engine, built.inspect()["Id"], network="none") as container:
+        container.wait_ready_inside(60)
+        tool_of_the_project(container)
+        curl = ("curl", "-fsS", "http://localhost:4096/experimental/tool/ids")
+        listed = container.exec(*curl, timeout=120)
+        assert listed.ok, listed.output
+        assert "hello" in json.loads(listed.stdout)
+        # npm's own retries take 80 s.
+        seconds = float(shell(container, f"curl -so /dev/null -w '%{{time_total}}' {curl[2]}"))
+        assert seconds < 20, seconds
+
+        # The next start finds the plugin package in the project.
+        built.engine.must("stop", container.name)
+        built.engine.must("start", container.name)
+        container.wait_ready_inside(60)
+        package = "/workspace/.opencode/node_modules/@opencode-ai/plugin/package.json"
+        assert "@opencode-ai/plugin" in shell(container, f"cat {package}")
+
+
+@pytest.mark.parametrize("built", ["podman"], indirect=True)
+@pytest.mark.usefixtures("unmoved")
+def test_a_state_of_another_user_is_an_error_with_the_command_that_helps(built: Built) -> None:
+    argv = built.engine.run(
+        built.inspect()["Id"], user="4321:4321", tmpfs=["/tmp:exec", f"{STATE}:mode=0700"]
+    )
+    done = built.engine.ask(argv)
+    assert done.code == 1
+    assert "permission denied for UID 4321" in done.output
+    assert "chown" in done.output

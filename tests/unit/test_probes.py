@@ -120,12 +120,12 @@ NATIVE = [{"name": "build", "native": True}]
     [
         (
             "config",
-            "has all 5 settings",
+            "has all 6 settings",
             "/config",
             {"autoupdate": True},
-            r"differs from config.json in \$schema, autoupdate, share, permission",
+            r"differs from config.json in \$schema, autoupdate, share, plugin, permission",
         ),
-        ("config", "has all 5 settings", "/config", (500, b"boom"), "/config returned 500: boom"),
+        ("config", "has all 6 settings", "/config", (500, b"boom"), "/config returned 500: boom"),
         (
             "health",
             f"OpenCode {pinned_version()}",
