@@ -106,10 +106,10 @@ def test_a_tool_of_the_project_loads_without_a_network(built: Built) -> None:
 @pytest.mark.parametrize("built", ["podman"], indirect=True)
 @pytest.mark.usefixtures("unmoved")
 def test_a_state_of_another_user_is_an_error_with_the_command_that_helps(built: Built) -> None:
-    argv = built.engine.run(
-        built.inspect()["Id"], user="4321:4321", tmpfs=["/tmp:exec", f"{STATE}:mode=0700"]
-    )
-    done = built.engine.ask(argv)
+    state = f"{STATE}:mode=0700,notmpcopyup"
+    image = built.inspect()["Id"]
+    argv = built.engine.run(image, rm=True, user="4321:4321", tmpfs=["/tmp:exec", state])
+    done = built.engine.ask(argv, timeout=60)
     assert done.code == 1
     assert "permission denied for UID 4321" in done.output
     assert "chown" in done.output
