@@ -199,7 +199,7 @@ def bench(count: int = 100_000) -> list[Ratio]:
             "s",
             backed_up,
             copied,
-            1.5,
+            0.6,
         ),
         Ratio(
             "restore of the same",

@@ -129,9 +129,9 @@ def upload(remote: Remote, made: Backup, scratch: Path) -> None:
 def copy(part: str, settings: Settings, target: Path) -> dict[str, Any]:
     """Copy one part to ``target`` and check it; return the facts for the manifest."""
     if part in settings.servers:
-        from lib.backup import redis_source  # redis-py takes 0.2 s to import
+        from lib.backup import snapshot  # redis-py takes 0.2 s to import
 
-        return redis_source.copy(settings.servers[part], target, settings)
+        return snapshot.copy(settings.servers[part], target, settings)
     if part == "opencode":
         return opencode_source.copy_database(settings.database, target)
     return opencode_source.copy_files(settings, target)

@@ -20,7 +20,7 @@ class NotConfigured(Failure):
 
 
 class ToolMissing(Failure):
-    """rclone or redis-cli is not installed."""
+    """rclone is not installed."""
 
     code = 11
 

@@ -1,122 +1,42 @@
-"""Run other programs. None outlives this process, and one that makes no progress is killed."""
+"""Run other programs, none of which outlives this process, and end at a signal."""
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from threading import Event
 from types import FrameType
 
 from lib.backup.errors import Interrupted, ToolMissing
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-POLL_SECONDS = 0.2
-STDERR_BYTES = 2000
-
-_running: set[subprocess.Popen[bytes]] = set()
-_ending = threading.Event()
-
-
-@dataclass(frozen=True)
-class Completed:
-    """The exit code of a program, its stdout, and the last 2,000 bytes of its stderr."""
-
-    code: int
-    stdout: bytes
-    stderr: str
+ending = Event()
+"""Set at the first signal."""
 
 
 def run(
-    argv: Sequence[str],
-    environ: Mapping[str, str],
-    *,
-    stdin: bytes = b"",
-    progress: Callable[[], int] | None = None,
-    stall_seconds: float = 60,
-) -> Completed:
-    """Run a program to its end.
-
-    It is killed when the number that ``progress`` returns stays the same for ``stall_seconds``.
-    Raises ToolMissing when there is no such program.
-    """
+    argv: Sequence[str], environ: Mapping[str, str], stdin: bytes = b""
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a program to its end, or kill it at a signal. Raises ToolMissing if there is none."""
     if not shutil.which(argv[0], path=environ.get("PATH")):
         raise ToolMissing(f"{argv[0]} is not installed", f"Run: apt-get install {argv[0]}")
-    with contextlib.ExitStack() as stack:
-        given, output, errors = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
-        given.write(stdin)
-        given.seek(0)
-        process = subprocess.Popen(
-            # The kernel ends it also when this process is killed.
-            [
-                "setpriv",
-                "--pdeathsig",
-                "KILL",
-                "--",
-                *argv,
-            ],
-            env=environ,
-            stdin=given,
-            stdout=output,
-            stderr=errors,
-            process_group=0,
-        )
-        _running.add(process)
-        # It may have been started at the moment of the signal. The main thread cleans up.
-        if _ending.is_set() and threading.current_thread() is not threading.main_thread():
-            kill(process)
-        try:
-            wait(process, progress, stall_seconds)
-        finally:
-            kill(process)
-            process.wait()
-            _running.discard(process)
-        output.seek(0)
-        errors.seek(max(errors.seek(0, os.SEEK_END) - STDERR_BYTES, 0))
-        stderr = errors.read().decode(errors="replace").strip()
-        return Completed(process.returncode, output.read(), stderr)
-
-
-def wait(
-    process: subprocess.Popen[bytes], progress: Callable[[], int] | None, stall_seconds: float
-) -> None:
-    """Wait for the end of a program, or for the time when it has made no progress for too long."""
-    if progress is None:
-        process.wait()
-        return
-    seen, since = progress(), time.monotonic()
-    while time.monotonic() - since < stall_seconds:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(POLL_SECONDS)
-            return
-        if (now := progress()) != seen:
-            seen, since = now, time.monotonic()
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a program and its children, if it is still running."""
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    # The kernel ends it also when this process is killed.
+    command = ("setpriv", "--pdeathsig", "KILL", "--", *argv)
+    return subprocess.run(command, env=environ, input=stdin, capture_output=True, check=False)
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Kill the programs and raise Interrupted at the first SIGTERM, SIGINT or SIGHUP.
+    """Raise Interrupted at the first SIGTERM, SIGINT or SIGHUP; ``run`` then kills its program.
 
     Further signals are ignored, so that the clean-up completes.
     """
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        for ending in ENDING:
-            signal.signal(ending, signal.SIG_IGN)
-        _ending.set()
-        for process in list(_running):
-            kill(process)
+        for each in ENDING:
+            signal.signal(each, signal.SIG_IGN)
+        ending.set()
         raise Interrupted(number)
 
     before = {number: signal.signal(number, interrupt) for number in ENDING}

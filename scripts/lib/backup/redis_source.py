@@ -1,10 +1,8 @@
-"""FalkorDB and Valkey: connect, describe the content, and copy it with ``redis-cli --rdb``."""
+"""FalkorDB and Valkey: connect, and describe the content."""
 
 import contextlib
-import os
-import signal
+import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import redis
@@ -12,27 +10,35 @@ from redis.backoff import ConstantBackoff
 from redis.exceptions import ConnectionError  # noqa: A004
 from redis.retry import Retry
 
-from lib.backup import process, rdb
-from lib.backup.errors import CopyCut, ServerUnreachable, full_disk
-from lib.backup.settings import Settings
+from lib.backup import process
+from lib.backup.errors import ServerUnreachable
 from lib.common.databases import Database
 
 SECONDS = 30
+ENDING_SECONDS = 8
+"""The same after a signal. A replica that cannot open a file blocks for five seconds."""
+
 RETRIES = 6
 RETRY_SECONDS = 0.5
 SCAN_COUNT = 1000
-FULL_BYTES = 1 << 16
+SAMPLE = 300
+"""About how many keys and nodes of each database and graph are compared with their values."""
 
-# Digests of keys, computed in the server: a few milliseconds for a hundred keys. Members of sets
-# and hashes have no
-# order, so their hashes are added up. A key that expires is only counted, since it may be gone when
-# the content is
-# compared; so is the content of a key that would block the server. FalkorDB writes telemetry{...}
-# at each query, and
-# graphmeta exists only while a graph is being saved.
+# Digests of keys, computed in the server: of those named, or of some that SCAN returns. Members of
+# sets and hashes have no order, so their hashes are added up. Left out are keys that expire, also
+# in a field, since they may be gone when the content is compared, the content of keys that would
+# block the server, and telemetry{...}, which FalkorDB writes at each query.
 DIGESTS = """
 local function h(s) return tonumber(string.sub(redis.sha1hex(s), 1, 12), 16) end
 local many, long = 1000, 65536
+local function expires(key, flat)
+    local fields = {}
+    for i = 1, #flat, 2 do fields[#fields + 1] = flat[i] end
+    local seconds = redis.pcall('HTTL', key, 'FIELDS', #fields, unpack(fields))
+    if seconds.err then return false end
+    for _, s in ipairs(seconds) do if s >= 0 then return true end end
+    return false
+end
 local function value(t, key)
     local n = 0
     if t == 'string' then
@@ -51,6 +57,7 @@ local function value(t, key)
         if n > many then return n end
         local flat = t == 'hash' and redis.call('HGETALL', key)
             or redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
+        if t == 'hash' and expires(key, flat) then return nil end
         for i = 1, #flat, 2 do n = n + h(#flat[i] .. ':' .. flat[i] .. flat[i + 1]) end
     elseif t == 'stream' then
         n = redis.call('XLEN', key)
@@ -61,20 +68,20 @@ local function value(t, key)
     end
     return n % 281474976710656
 end
-local scanned = redis.call('SCAN', ARGV[1], 'COUNT', 100)
-local found, expiring = {}, {}
-for _, key in ipairs(scanned[2]) do
+local keys, found = KEYS, {}
+if #keys == 0 then keys = redis.call('SCAN', 0, 'COUNT', ARGV[1])[2] end
+for _, key in ipairs(keys) do
     local t = redis.call('TYPE', key).ok
-    if string.sub(key, 1, 10) ~= 'telemetry{' and t ~= 'graphmeta' then
-        if redis.call('PTTL', key) >= 0 then
-            expiring[#expiring + 1] = string.sub(redis.sha1hex(key), 1, 12)
-        else
-            local all = #key .. ':' .. key .. t .. value(t, key)
-            found[#found + 1] = string.sub(redis.sha1hex(all), 1, 12)
+    local plain = string.sub(key, 1, 10) ~= 'telemetry{' and t ~= 'graphmeta' and #key < 256
+    if plain and redis.call('PTTL', key) < 0 then
+        local digest = value(t, key)
+        if digest then
+            found[#found + 1] = key
+            found[#found + 1] = string.format('%s:%.0f', t, digest)
         end
     end
 end
-return {scanned[1], found, expiring}
+return found
 """
 
 MARKER = "opencode-restore-marker"
@@ -114,7 +121,8 @@ def title(server: Database) -> str:
 def connect(server: Database, database: int = 0) -> Any:
     """Return a client whose replies are bytes; it waits for a server that is restarting."""
     retry = Retry(ConstantBackoff(RETRY_SECONDS), RETRIES, (ConnectionError,))
-    return server.client(SECONDS, db=database, decode_responses=False, retry=retry)
+    seconds = ENDING_SECONDS if process.ending.is_set() else SECONDS
+    return server.client(seconds, db=database, decode_responses=False, retry=retry)
 
 
 def text(value: Any) -> str:
@@ -139,12 +147,10 @@ def versions(client: Any) -> dict[str, Any]:
     return {"kind": kind, "version": server[f"{kind}_version"], "modules": modules}
 
 
-def key_counts(client: Any) -> dict[int, int]:
-    """Return how many keys each database that is not empty has."""
-    counts = {}
-    for name, values in client.info("keyspace").items():
-        counts[int(name.removeprefix("db"))] = int(values["keys"])
-    return counts
+def keyspace(client: Any) -> dict[int, dict[str, int]]:
+    """Return INFO's numbers of keys and expires of each database that is not empty."""
+    found = client.info("keyspace")
+    return {int(name.removeprefix("db")): numbers for name, numbers in found.items()}
 
 
 def rdb_version(client: Any, *, keep: bool = False) -> int:
@@ -158,125 +164,67 @@ def rdb_version(client: Any, *, keep: bool = False) -> int:
 
 def holds_data(server: Database) -> bool:
     """Return whether there is any key, apart from FalkorDB's telemetry."""
-    for number in sorted(key_counts(connect(server))):
+    for number in sorted(keyspace(connect(server))):
         for key in connect(server, number).scan_iter(count=SCAN_COUNT):
             if not key.startswith(b"telemetry{"):
                 return True
     return False
 
 
-def contents(server: Database) -> dict[str, Any]:
-    """Return the content: key counts and a digest for each database, counts for each graph.
+def contents(server: Database, expected: Any = None) -> dict[str, Any]:
+    """Return the content: key counts and digests of some keys for each database, and the graphs.
 
-    If it is the same before and after a copy, it also describes the copy.
+    The digests are of the keys in ``expected``, contents of before, or of any.
     """
     client = connect(server)
-    found: dict[str, Any] = {"databases": {}, "graphs": {}}
-    for number in sorted(key_counts(client)):
-        if database := database_contents(connect(server, number)):
-            found["databases"][str(number)] = database
+    graphs = {}
     if "graph" in versions(client)["modules"]:
         for name in sorted(client.execute_command("GRAPH.LIST")):
-            found["graphs"][text(name)] = graph_contents(client, name)
-    return found
-
-
-def database_contents(client: Any) -> dict[str, Any]:
-    """Return ``{keys, expiring, digest}`` of one database; empty without keys."""
-    cursor: Any = 0
-    lasting: set[bytes] = set()
-    expiring: set[bytes] = set()
-    while True:
-        cursor, digests, volatile = client.eval(DIGESTS, 0, cursor)
-        lasting.update(digests)  # sets, since SCAN may return a key twice
-        expiring.update(volatile)
-        if int(cursor) == 0:
-            break
-    if not lasting and not expiring:
-        return {}
-    total = sum(int(digest, 16) for digest in lasting) % (1 << 64)
-    return {"keys": len(lasting), "expiring": len(expiring), "digest": f"{total:016x}"}
+            graphs[text(name)] = graph_contents(client, name)
+    databases = {}
+    for number, numbers in sorted(keyspace(client).items()):
+        database = connect(server, number)
+        lasting = numbers["keys"] - numbers["expires"]
+        if graphs:
+            # FalkorDB writes telemetry at each query, and graphmeta while it saves.
+            passing = set(database.scan_iter("telemetry{*", count=SCAN_COUNT))
+            passing.update(database.scan_iter(_type="graphmeta", count=SCAN_COUNT))
+            lasting -= len(passing)
+        before = (expected or {"databases": {}})["databases"].get(str(number), {})
+        named = [key.encode("latin-1") for key in before.get("sample", ())]
+        flat = database.eval(DIGESTS, len(named), *named, SAMPLE)
+        sample = {
+            key.decode("latin-1"): text(digest)
+            for key, digest in zip(flat[::2], flat[1::2], strict=True)
+        }
+        if lasting:
+            databases[str(number)] = {"keys": lasting, "sample": sample}
+    return {"databases": databases, "graphs": graphs}
 
 
 def graph_contents(client: Any, name: bytes) -> dict[str, Any]:
-    """Return the counts of a graph: nodes, edges, indexes, nodes by label, edges by type."""
+    """Return the counts of a graph, and a digest of its first nodes."""
 
     def rows(query: str) -> list[Any]:
         return list(client.execute_command("GRAPH.RO_QUERY", name, query)[1])
 
-    def counts(query: str) -> dict[str, int]:
-        return {text(key): count for key, count in sorted(rows(query))}
+    def count(pattern: str) -> int:
+        return int(rows(f"MATCH {pattern} RETURN count(x)")[0][0])  # without a scan
 
+    labels = sorted(text(row[0]) for row in rows("CALL db.labels()"))
+    types = sorted(text(row[0]) for row in rows("CALL db.relationshipTypes()"))
+    first = sorted(map(repr, rows(f"MATCH (n) RETURN n LIMIT {SAMPLE}")))
     return {
-        "nodes": rows("MATCH (n) RETURN count(n)")[0][0],
-        "edges": rows("MATCH ()-[e]->() RETURN count(e)")[0][0],
-        "labels": counts("MATCH (n) UNWIND labels(n) AS label RETURN label, count(n)"),
-        "types": counts("MATCH ()-[e]->() RETURN type(e), count(e)"),
+        "nodes": count("(x)"),
+        "edges": count("()-[x]->()"),
+        "labels": {label: count(f"(x:`{label}`)") for label in labels},
+        "types": {kind: count(f"()-[x:`{kind}`]->()") for kind in types},
         "indexes": len(rows("CALL db.indexes() YIELD label RETURN label")),
+        "sample": hashlib.sha256("".join(first).encode()).hexdigest(),
     }
 
 
-def copy(server: Database, target: Path, settings: Settings) -> dict[str, Any]:
-    """Copy a server's data to ``target``, check it, and return the facts for the manifest.
-
-    ``exact`` is true when nothing was written during the copy: ``contents`` then describes it.
-    Raises ServerUnreachable, CopyCut, CopyCorrupt and DiskFull.
-    """
-    with unreachable(server):
-        client = connect(server)
-        about = versions(client)
-        before = contents(server)
-        dump(server, target, settings)
-        version = rdb.check(target)
-        after = contents(server)
-        memory = int(info(client, "memory")["used_memory_dataset"])
-    return about | {
-        "rdb": version,
-        "memory": memory,
-        "exact": before == after,
-        "contents": after,
-    }
-
-
-def dump_argv(server: Database, target: Path) -> list[str]:
-    """Return the command that copies a server to a file; its password comes by REDISCLI_AUTH."""
-    argv = [
-        "redis-cli",
-        "-h",
-        server.host,
-        "-p",
-        str(server.port),
-        "--no-auth-warning",
-    ]
-    if server.username:
-        argv += ["--user", server.username]
-    if server.tls:
-        argv.append("--tls")
-    return [*argv, "--rdb", str(target)]
-
-
-def dump(server: Database, target: Path, settings: Settings) -> None:
-    """Copy a server to a file, as of one moment. Raises CopyCut and DiskFull.
-
-    When the connection is cut, redis-cli leaves a part of the file and exits with 1.
-    """
-    environ = {
-        name: value for name, value in settings.environ.items() if not name.startswith("RCLONE_")
-    }
-    if server.password:
-        environ["REDISCLI_AUTH"] = server.password
-    done = process.run(
-        dump_argv(server, target),
-        environ,
-        progress=lambda: target.stat().st_size if target.exists() else 0,
-        stall_seconds=settings.stall_seconds,
-    )
-    if not done.code:
-        return
-    output = settings.hide(done.stderr + done.stdout.decode(errors="replace"))
-    reason = "it stalled" if done.code == -signal.SIGKILL else " / ".join(output.splitlines())
-    disk = os.statvfs(target.parent)
-    if "No space left" in reason or disk.f_bavail * disk.f_frsize < FULL_BYTES:
-        raise full_disk(str(target.parent))
-    remedy = "Check the server's log, and run it again."
-    raise CopyCut(f"{title(server)}: the copy was cut: {reason[-300:]}", remedy)
+def get_config(client: Any, name: str) -> str:
+    """Return a configuration parameter of a server; empty if it has none of that name."""
+    values = client.config_get(name).values()
+    return "".join(text(value or "") for value in values)

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 from lib.backup import process
@@ -86,8 +87,8 @@ class Remote:
 
     def _obscure(self, password: str) -> str:
         # Through a pipe: the process list shows arguments.
-        done = process.run(["rclone", "obscure", "-"], self._environ, stdin=password.encode())
-        if done.code:
+        done = process.run(["rclone", "obscure", "-"], self._environ, password.encode())
+        if done.returncode:
             raise NotConfigured("rclone rejects BACKUP_PASSWORD", "Set another one.")
         return done.stdout.decode().strip()
 
@@ -97,7 +98,8 @@ class Remote:
             return f"{CRYPT}:{name}"
         return self.name + ("" if self.name.endswith(":") or not name else "/") + name
 
-    def _failure(self, action: str, stderr: str) -> Failure:
+    def _failure(self, action: str, errors: bytes) -> Failure:
+        stderr = errors.decode(errors="replace").strip()
         output = self._settings.hide(" / ".join(stderr.splitlines()[-3:]))
         what = f"{action} {self.name}: {output}"
         for pattern, kind, remedy in ERRORS:
@@ -108,13 +110,13 @@ class Remote:
 
     def _run(self, action: str, *words: str, stdin: bytes = b"") -> bytes:
         done = self._complete(*words, stdin=stdin)
-        if done.code:
+        if done.returncode:
             raise self._failure(action, done.stderr)
         return done.stdout
 
-    def _complete(self, *words: str, stdin: bytes = b"") -> process.Completed:
+    def _complete(self, *words: str, stdin: bytes = b"") -> CompletedProcess[bytes]:
         argv = ["rclone", "--stats", "0", "--log-format", "", *words]
-        return process.run(argv, self._environ, stdin=stdin)
+        return process.run(argv, self._environ, stdin)
 
     def _read(self, action: str, *words: str) -> bytes:
         # rclone's own retry would start again on the same stdout.
@@ -158,7 +160,7 @@ class Remote:
             if isinstance(manifest, dict):
                 found = True
                 yield manifest
-        if done.code and not found:
+        if done.returncode and not found:
             raise self._failure("reading manifests at", done.stderr)
 
     def read(self, name: str) -> bytes:

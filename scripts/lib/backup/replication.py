@@ -17,7 +17,14 @@ from typing import IO, Any
 import redis
 
 from lib.backup.errors import CopyCut, Failure, TargetCannotReachUs, TargetInUse
-from lib.backup.redis_source import connect, info, rdb_version, text, title, unreachable
+from lib.backup.redis_source import (
+    connect,
+    get_config,
+    info,
+    rdb_version,
+    title,
+    unreachable,
+)
 from lib.backup.settings import Settings
 from lib.common.databases import Database
 
@@ -100,14 +107,15 @@ class Master:
             peer.settimeout(PING_SECONDS)
 
 
-def read_command(lines: IO[bytes]) -> list[bytes]:
+def read_command(lines: Any) -> list[bytes]:
     """Return the words of a command, inline or as an array. Raises ValueError at the end."""
     line = lines.readline(1024).strip()
     if not line:
         raise ValueError("the peer has disconnected")
+    words: list[bytes] = []
     if not line.startswith(b"*"):
-        return line.split()
-    words = []
+        words += line.split()
+        return words
     for _ in range(min(int(line[1:]), 64)):
         length = int(lines.readline(64).strip()[1:])
         words.append(lines.read(min(length, 4096) + 2)[:-2])
@@ -200,12 +208,6 @@ def progress(
             limit = f"within BACKUP_RESTORE_SECONDS={settings.restore_seconds:g}"
             raise CopyCut(f"{name} did not load the data {limit}", log_remedy)
         time.sleep(POLL_SECONDS)
-
-
-def get_config(client: Any, name: str) -> str:
-    """Return a configuration parameter of a server; empty if it has none of that name."""
-    values = client.config_get(name).values()
-    return "".join(text(value or "") for value in values)
 
 
 def set_config(client: Any, values: dict[str, str]) -> None:

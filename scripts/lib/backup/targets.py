@@ -90,19 +90,19 @@ class ServerTarget(Target):
         A copy that was made during writes has no exact contents: only the graphs' names are
         compared. Digests are compared between equal versions, since others may reply differently.
         """
-        now = redis_source.versions(redis_source.connect(self.server))
-        found = redis_source.contents(self.server)
+        expected = facts["contents"]
+        found = redis_source.contents(self.server, expected)
         if not facts["exact"]:
-            if missing := facts["contents"]["graphs"].keys() - found["graphs"].keys():
+            if missing := expected["graphs"].keys() - found["graphs"].keys():
                 names = ", ".join(sorted(missing))
                 log(f"{self}: written to during the copy; not in this copy: {names}")
             return
-        same = all(facts[name] == now[name] for name in ("version", "modules"))
-        expected = comparable(facts["contents"], digests=same)
-        actual = comparable(found, digests=same)
-        for name in sorted(expected.keys() | actual.keys()):
-            if expected.get(name) != actual.get(name):
-                what = f"{self}: {name} is {actual.get(name)}, expected {expected.get(name)}"
+        now = redis_source.versions(redis_source.connect(self.server))
+        same = all(facts[name] == now[name] for name in ("kind", "version"))
+        wanted, actual = (comparable(each, samples=same) for each in (expected, found))
+        for name in sorted(wanted.keys() | actual.keys()):
+            if wanted.get(name) != actual.get(name):
+                what = f"{self}: {name} is {actual.get(name)}, expected {wanted.get(name)}"
                 remedy = "The previous content is restored. Choose another backup: backup list"
                 raise CopyCorrupt(what, remedy)
 
@@ -123,14 +123,15 @@ def readable(version: int, newest: int) -> bool:
     return version <= newest and not LAST_SHARED < version < FIRST_OF_VALKEY <= newest
 
 
-def comparable(contents: Mapping[str, Any], *, digests: bool) -> dict[str, Any]:
-    """Return the contents as a flat mapping, without expiring keys and empty databases."""
-    dropped = {"expiring"} if digests else {"expiring", "digest"}
+def comparable(contents: Mapping[str, Any], *, samples: bool) -> dict[str, Any]:
+    """Return the counts, and the samples if wanted, as a flat mapping."""
+    # Until 2026-11, manifests had a digest of all keys, and databases in which all keys expire.
+    dropped = {"expiring", "digest"} if samples else {"expiring", "digest", "sample"}
     flat = {}
     for kind in ("databases", "graphs"):
         for name, counts in contents[kind].items():
-            kept = {key: value for key, value in counts.items() if key not in dropped}
-            if kind == "graphs" or counts["keys"]:
+            if counts.get("keys") != 0:
+                kept = {key: value for key, value in counts.items() if key not in dropped}
                 flat[f"{kind} {name}"] = kept
     return flat
 
