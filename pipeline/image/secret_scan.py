@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import base64
 import json
 import os
 import re
@@ -19,7 +19,7 @@ from pipeline.core.state import read_json, write_json
 from pipeline.engines.engine import Engine
 from pipeline.inputs import ca
 
-RULES = "3"
+RULES = "4"
 """Raise it when the rules change: layers are then scanned again."""
 
 SECRET_NAMES = re.compile(
@@ -36,28 +36,55 @@ SECRET_NAMES = re.compile(
 )
 """Paths that hold secrets, or traces of them."""
 
-SECRETS = {
-    b"PRIVATE KEY-----": rb"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----(?:\s|\\n)+[A-Za-z0-9+/=]{40}",
-    b"AKIA": rb"\bAKIA(?![A-Z0-9]*EXAMPLE)[A-Z0-9]{16}\b",  # AWS
-    b"ASIA": rb"\bASIA(?![A-Z0-9]*EXAMPLE)[A-Z0-9]{16}\b",
-    b"ghp_": rb"\bghp_[A-Za-z0-9]{36}\b",  # GitHub
-    b"gho_": rb"\bgho_[A-Za-z0-9]{36}\b",
-    b"ghu_": rb"\bghu_[A-Za-z0-9]{36}\b",
-    b"ghs_": rb"\bghs_[A-Za-z0-9]{36}\b",
-    b"ghr_": rb"\bghr_[A-Za-z0-9]{36}\b",
-    b"github_pat_": rb"\bgithub_pat_[A-Za-z0-9_]{60,}",
-    b"glpat-": rb"\bglpat-[A-Za-z0-9_-]{20}",  # GitLab
-    b"npm_": rb"\bnpm_[A-Za-z0-9]{36}\b",
-    b"sk-": rb"\bsk-(?:proj|svcacct|ant|or)-[A-Za-z0-9_-]{32,}",  # OpenAI, Anthropic, OpenRouter
-    b"T3BlbkFJ": rb"\bsk-[A-Za-z0-9_-]{20,}T3BlbkFJ[A-Za-z0-9_-]{20}",  # OpenAI's older keys
-    b"AIza": rb"\bAIza[A-Za-z0-9_-]{35}(?![\w-])",  # Google
-    b"K00": rb"(?<![\w+/=])K00\d[A-Za-z0-9+/]{27}(?![\w+/=])",  # Backblaze B2
-    b".eyJ": rb"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{20,}",  # JWT
-    b"DD_": rb"\bDD_(?:API|APP)_KEY[\"']?[ \t]*[=:][ \t]*[\"']?[0-9A-Za-z/+]{32,}",
-    b"AWS_": rb"\bAWS_SECRET_ACCESS_KEY[\"']?[ \t]*[=:][ \t]*[\"']?[0-9A-Za-z/+]{32,}",
-    b"aws_": rb"\baws_secret_access_key[\"']?[ \t]*[=:][ \t]*[\"']?[0-9A-Za-z/+]{32,}",
-}
-"""Patterns of secrets, by a part that each contains: a fast search for it comes first."""
+RULES_TABLE = rb"""
+keys         PRIVATE KEY-----  -----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----(?:\s|\\n)+[A-Za-z0-9+/=]{40}
+PuTTY        PuTTY-User-Key    PuTTY-User-Key-File-\d: \S+\s+Encryption: none
+age          AGE-SECRET-KEY-1  AGE-SECRET-KEY-1[A-Z0-9]{58}
+AWS          AKIA              \bAKIA(?![A-Z0-9]*EXAMPLE)[A-Z0-9]{16}\b
+AWS          ASIA              \bASIA(?![A-Z0-9]*EXAMPLE)[A-Z0-9]{16}\b
+AWS          AWS_              \bAWS_SECRET_ACCESS_KEY["']?[ \t]*[=:][ \t]*["']?[0-9A-Za-z/+]{32,}
+AWS          aws_              \baws_secret_access_key["']?[ \t]*[=:][ \t]*["']?[0-9A-Za-z/+]{32,}
+Azure        AccountKey=       AccountKey=[A-Za-z0-9+/]{86}==
+B2           K00               (?<![\w+/=])K00\d[A-Za-z0-9+/]{27}(?![\w+/=])
+Datadog      DD_               \bDD_(?:API|APP)_KEY["']?[ \t]*[=:][ \t]*["']?[0-9A-Za-z/+]{32,}
+DigitalOcean _v1_              \bdo[opr]_v1_[0-9a-f]{64}
+Docker       dckr_             \bdckr_[op]at_[\w-]{27,}
+GitHub       gh                gh[pousr]_[A-Za-z0-9]{36}\b
+GitHub       github_pat_       \bgithub_pat_[A-Za-z0-9_]{60,}
+GitLab       glpat-            \bglpat-[A-Za-z0-9_-]{20}
+Google       AIza              \bAIza[A-Za-z0-9_-]{35}(?![\w-])
+Groq         gsk_              \bgsk_[A-Za-z0-9]{52}\b
+HuggingFace  hf_               \bhf_[A-Za-z]{34}\b
+JWT          .eyJ              \beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{20,}
+Linear       lin_api_          \blin_api_[A-Za-z0-9]{40}\b
+Notion       ntn_              \bntn_[A-Za-z0-9]{40,}
+npm          npm_              \bnpm_[A-Za-z0-9]{36}\b
+models       sk-               \bsk-(?:proj|svcacct|ant|or)-[A-Za-z0-9_-]{32,}
+OpenAI       T3BlbkFJ          \bsk-[A-Za-z0-9_-]{20,}T3BlbkFJ[A-Za-z0-9_-]{20}
+PyPI         pypi-AgE          \bpypi-AgE[\w-]{50,}
+SendGrid     SG.               \bSG\.[\w-]{22}\.[\w-]{43}\b
+Shopify      shp               \bshp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}\b
+Slack        xox               \bxox[abeprs]-[A-Za-z0-9-]{24,}
+Slack        hooks.slack.com   hooks\.slack\.com/services/T\w+/B\w+/\w{20,}
+Stripe       k_live_           \b[rs]k_live_[A-Za-z0-9]{20,}
+Telegram     :AA               \b\d{8,10}:AA[\w-]{33}(?![\w-])
+Twilio       SK                \bSK[0-9a-f]{32}\b
+Vault        hvs.              \bhvs\.[\w-]{90,}
+xAI          xai-              \bxai-[A-Za-z0-9]{70,}
+URLs         ://               ://[^\s/:@"'<>{}$]{0,60}:(?=[^\s@]*\d)(?=[^\s@]*[A-Za-z])[\w.~+=%!-]{12,}@[\w.]
+HTTP         Bearer            \bBearer (?=\S*\d)[\w.~+/-]{32,}
+"""
+"""Kind, a part that each secret of it contains, and a pattern. A fast search for the part comes
+first. Patterns: https://github.com/gitleaks/gitleaks and the vendors' documentation.
+"""
+
+SECRETS = [
+    (part.rstrip(), re.compile(pattern))
+    for _, part, pattern in re.findall(rb"(\S+) +(\S+(?: KEY-----)?) +(.+)", RULES_TABLE)
+]
+
+WRAPPED = re.compile(rb"(?<![\w+/])[A-Za-z0-9+/]{48,}(?:\r?\n[A-Za-z0-9+/]+)*")
+"""Base64, in one line or in lines as of ``base64``: 36 bytes or more."""
 
 ASSIGNED = re.compile(
     rb"(?i)(?<![\w.-])([\w.-]{0,60}(?:_key|api-?key|token|secret|passw(?:or)?d|credentials?))[\"']?"
@@ -65,7 +92,7 @@ ASSIGNED = re.compile(
 )
 """A name of a secret, and its value, unless that refers to another place."""
 
-RANDOM = re.compile(rb"(?=(?:.*\d){3})(?=.*[A-Za-z])[\w+/=~-]{16,}")
+RANDOM = re.compile(rb"(?=.*\d)(?=.*[A-Za-z])[\w+/=~-]{12,}")
 """A random value. In code and prose, ``token = `` also precedes other things."""
 
 ANYTHING = re.compile(rb".+")
@@ -78,6 +105,9 @@ EDITED = (
     "etc/environment",
 )
 """Where people's own files are. There the name of a secret and a random value are enough."""
+
+WRAPPED_LIMIT = 65_536
+"""Bytes; in a larger file base64 is not decoded: keys and configurations are small."""
 
 TEXT_LIMIT = 1_000_000
 """Bytes; a larger file is not scanned. Files with keys and certificates are small."""
@@ -114,7 +144,7 @@ def check(
         for path, certificates in layer.certificates.items():
             if path.startswith(PUBLIC_CERTIFICATES):
                 public.update(certificates)
-    ours = {_short_hash(body) for body in extra} - public
+    ours = {ca.short_hash(body) for body in extra} - public
     faults = []
     for layer in layers:
         faults += [f"/{path}" for path in layer.secrets]
@@ -178,20 +208,25 @@ def scan(entries: Iterator[Entry]) -> Findings:
         if b"\0" in content[:1024]:
             continue
         found = secrets_in(content)
+        if size < WRAPPED_LIMIT:
+            for wrapped in WRAPPED.findall(content):
+                text = b"".join(wrapped.split())
+                text = text[: len(text) - (len(text) % 4 == 1)]  # no such length exists
+                found += secrets_in(base64.b64decode(text + b"=="))
         if path.startswith(EDITED):
             found += assigned_in(content, RANDOM)
         findings.secrets += [f"{path} (holds {start}…)" for start in found]
         if CERTIFICATE in content:
             bodies = ca.certificates(content.decode(errors="replace"))
-            findings.certificates[path] = [_short_hash(body) for body in bodies]
+            findings.certificates[path] = [ca.short_hash(body) for body in bodies]
     return findings
 
 
 def secrets_in(content: bytes) -> list[str]:
     """Return the first 12 characters of each kind of secret: enough to find it, not to use it."""
     found = []
-    for part, pattern in SECRETS.items():
-        if part in content and (match := re.search(pattern, content)):
+    for part, pattern in SECRETS:
+        if part in content and (match := pattern.search(content)):
             found.append(match[0][:12].decode(errors="replace"))
     return found
 
@@ -268,7 +303,3 @@ def _in_tar(layer: tarfile.TarFile) -> Iterator[Entry]:
 
         name = member.name.removeprefix("./").rstrip("/")
         yield name, member.isfile(), member.size, read
-
-
-def _short_hash(body: str) -> str:
-    return hashlib.sha256(body.encode()).hexdigest()[:16]

@@ -29,6 +29,9 @@ STAGED = ROOT / "vendor" / "ca" / "extra.crt"
 PUBLIC = Path("/usr/share/ca-certificates/mozilla")
 """Debian's package ca-certificates has the public ones here, one file each."""
 
+KNOWN = Path(__file__).with_name("public_cas.txt")
+"""The ``short_hash`` of the public ones of the last twelve years, also those that are gone."""
+
 _PEM = re.compile(r"-----BEGIN CERTIFICATE-----\s+([A-Za-z0-9+/=\s]+?)\s+-----END CERTIFICATE-----")
 
 
@@ -83,12 +86,22 @@ def staged(folder: Path = STAGED.parent) -> dict[str, str]:
     return _without_public(found)
 
 
+def short_hash(body: str) -> str:
+    """Return what identifies a certificate here: 16 digits of the SHA-256 of its base64."""
+    return hashlib.sha256(body.encode()).hexdigest()[:16]
+
+
 def _without_public(bundle: dict[str, str]) -> dict[str, str]:
-    """Leave out what certifi or Debian lists: the lists differ by age, and neither is private."""
+    """Leave out what Mozilla's list has or had: copies of it differ by age, and none is private."""
     public = set(certificates(_certifi()))
     for path in PUBLIC.glob("*.crt"):
         public |= certificates(path.read_text(errors="replace")).keys()
-    return {body: block for body, block in bundle.items() if body not in public}
+    known = set(KNOWN.read_text().split())
+    return {
+        body: block
+        for body, block in bundle.items()
+        if body not in public and short_hash(body) not in known
+    }
 
 
 def _certifi() -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import certifi
 import pytest
 
 from pipeline.core import process
@@ -18,6 +19,7 @@ from pipeline.engines.engine import Engine
 from pipeline.image import secret_scan
 from pipeline.image.secret_scan import Findings, scan, secrets_in
 from pipeline.inputs import ca
+from tests.leaks import leaks
 
 
 def certificate(text: str) -> str:
@@ -143,6 +145,35 @@ def test_every_canary_is_found(
             *(f"srv/{name}.txt (holds {token[:12]}…)" for name, token in TOKENS.items()),
         ]
     )
+
+
+@pytest.mark.parametrize("path", leaks())
+def test_a_leak_as_people_leave_them_is_found(tmp_path: Path, path: str) -> None:
+    root = plant(tmp_path, {path: f"# before\n{leaks()[path]}\n"})
+    assert len(scan(in_directory(root)).secrets) >= 1
+
+
+def test_bundles_of_public_authorities_hold_neither_a_secret_nor_a_ca_of_this_network(
+    tmp_path: Path,
+) -> None:
+    """Of certifi as it is, and with an authority that Mozilla dropped: AffirmTrust Premium ECC."""
+    dropped = (
+        "MIIB/jCCAYWgAwIBAgIIdJclisc/elQwCgYIKoZIzj0EAwMwRTELMAkGA1UEBhMCVVMxFDASBgNVBAoMC0FmZmlybVRy"
+        "dXN0MSAwHgYDVQQDDBdBZmZpcm1UcnVzdCBQcmVtaXVtIEVDQzAeFw0xMDAxMjkxNDIwMjRaFw00MDEyMzExNDIwMjRa"
+        "MEUxCzAJBgNVBAYTAlVTMRQwEgYDVQQKDAtBZmZpcm1UcnVzdDEgMB4GA1UEAwwXQWZmaXJtVHJ1c3QgUHJlbWl1bSBF"
+        "Q0MwdjAQBgcqhkjOPQIBBgUrgQQAIgNiAAQNMF4bFZ0D0KF5Nbc6PJJ6yhUczWLznCZcBz3lVPqj1swS6vQUX+iOGasv"
+        "LkjmrBhDeKzQN8O9ss0s5kfiGuZjuD0uL3jET9v0D6RoTFVya5UdThhClXjMNzyR4ptlKymjQjBAMB0GA1UdDgQWBBSa"
+        "ryl6wBE1NSZRMADDav5A1a7WPDAPBgNVHRMBAf8EBTADAQH/MA4GA1UdDwEB/wQEAwIBBjAKBggqhkjOPQQDAwNnADBk"
+        "AjAXCfOHiFBar8jAQr9HX/VsaobgxCd05DhT1wV/GzTjxi+zygk8N53X57hG8f2h4nECMEJZh0PUUd+60wkyWs6Iflc9"
+        "nF9Ca/UHLbXwgpP5WW+uZPpY5Yse42O+tYHNbwKMeQ=="
+    )
+    public = Path(certifi.where()).read_text()
+    assert dropped not in "".join(public.split())
+    bundle = tmp_path / "bundle.pem"
+    block = f"-----BEGIN CERTIFICATE-----\n{dropped}\n-----END CERTIFICATE-----\n"
+    bundle.write_text(f"{public}\n{block}{OFFICE}")
+    assert [*ca.extra(str(bundle), {}).values()] == [OFFICE.strip()]
+    assert scan(in_directory(tmp_path)).secrets == []
 
 
 def test_a_clean_tree_is_clean(
