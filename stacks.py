@@ -11,13 +11,31 @@ from pipeline.task_context import ENGINE, engine_of
 PART = "falkordb, valkey, opencode, backup or datadog"
 
 
-@task(help=ENGINE)
-def up(context: Context, engine: str = "", dry_run: bool = False) -> None:
+@task(
+    help={
+        "project": "the directory to mount at /workspace, or 'volume'; remembered",
+        "clone": "the URL of a git repository, cloned once into the volume",
+        **ENGINE,
+    }
+)
+def up(
+    context: Context,
+    project: str = "",
+    clone: str = "",
+    engine: str = "",
+    dry_run: bool = False,
+) -> None:
     """Start the stack on loopback: server, FalkorDB, Valkey, backup, Agent if DD_API_KEY is set."""
     from pipeline.stack import lifecycle
 
     with engine_of(context, engine) as (settings, found):
-        lifecycle.up(settings, found, dry_run=dry_run)
+        lifecycle.up(
+            settings,
+            found,
+            project_directory=project,
+            clone=clone,
+            dry_run=dry_run,
+        )
 
 
 @task(

@@ -348,6 +348,12 @@ class RestoreStopped(PipelineError):
     exit_code = 80
 
 
+class ProjectRefused(PipelineError):
+    """The server cannot work in this directory, or the repository cannot be cloned."""
+
+    exit_code = 81
+
+
 class Interrupted(PipelineError):
     """Interrupted by Ctrl-C, SIGTERM or SIGHUP; the exit code is 128 plus the signal number."""
 

@@ -106,6 +106,7 @@ class Stack(_Section):
     name: str = Field("opencode", pattern=r"^[a-z][a-z0-9-]{1,30}$")
     address: str = Field("127.0.0.1", pattern=r"^[0-9.]+$")
     port: Port = 4096
+    project: str = ""
     home: str = ""
     falkordb: str = ""
     valkey: str = ""

@@ -13,11 +13,12 @@ from pathlib import Path
 from pipeline.core import process
 from pipeline.core.errors import EngineBroken, PortTaken
 from pipeline.core.settings import Settings
-from pipeline.engines.container import TAKEN
+from pipeline.engines.container import STATE, TAKEN
 from pipeline.engines.engine import Engine
-from pipeline.stack import databases
+from pipeline.stack import databases, overrides, workspace
 from pipeline.stack.databases import COMPOSE
 from pipeline.stack.secrets import AGENT, SERVER, SERVER_PASSWORDS, check_passwords, home, read
+from pipeline.stack.workspace import Workspace
 
 PODS = COMPOSE.with_name("compose.pods.yaml")
 UNBOUNDED = COMPOSE.with_name("compose.unbounded.yaml")
@@ -60,6 +61,7 @@ STATE_TEMPLATE = """{
     "restarts": {{.RestartCount}},
     "oom": {{.State.OOMKilled}},
     "image": {{json .Image}},
+    "settings": "{{index .Config.Labels "opencode-server.settings"}}",
     "since": {{json .State.StartedAt}}
 }"""
 """A Go template for ``inspect`` that prints the fields of State as JSON."""
@@ -67,7 +69,10 @@ STATE_TEMPLATE = """{
 
 @dataclass(frozen=True)
 class State:
-    """A container as the engine reports it; ``since`` is when it started, RFC 3339."""
+    """A container as the engine reports it; ``since`` is when it started, RFC 3339.
+
+    ``settings`` is the digest of what it was started with.
+    """
 
     exists: bool = False
     running: bool = False
@@ -75,6 +80,7 @@ class State:
     restarts: int = 0
     oom: bool = False
     image: str = ""
+    settings: str = ""
     since: str = ""
 
 
@@ -90,6 +96,7 @@ class Project:
     home: Path
     secrets: Mapping[str, Mapping[str, str]] = field(repr=False)
     images: Mapping[str, str]
+    workspace: Workspace = field(default_factory=Workspace)
 
     @property
     def name(self) -> str:
@@ -110,6 +117,19 @@ class Project:
     def note(self) -> Path:
         """The record of an upgrade in progress."""
         return self.home / "upgrade.json"
+
+    def changed(self, part: str, state: State) -> bool:
+        """Whether a part was started with other settings than it would be now."""
+        return state.settings != self._digests().get(part, state.settings)
+
+    def write_override(self) -> Path:
+        """Write and return the file that adds this stack's settings to compose.yaml."""
+        path = self.home / "compose.json"
+        overrides.write(path, overrides.services(self.workspace), self._digests())
+        return path
+
+    def _digests(self) -> dict[str, str]:
+        return overrides.digests(overrides.services(self.workspace), self.secrets)
 
     def container(self, part: str) -> str:
         """Return the container_name of a part in compose.yaml."""
@@ -135,15 +155,18 @@ class Project:
     def start(self, *parts: str) -> None:
         """Create and start containers in place of those that exist; volumes stay.
 
-        Raises SecretsRefused, ComposeMissing, PortTaken, EngineBroken.
+        Raises SecretsRefused, ProjectRefused, ComposeMissing, PortTaken, EngineBroken.
         """
         check_passwords(self.secrets)
+        if self.workspace.directory:
+            workspace.check(self.workspace.directory)
         self.remove(*parts)
         words = []
         if self.volumes_of_pods():
             words += ["--file", str(PODS)]
         if not self.engine.bounded:
             words += ["--file", str(UNBOUNDED)]
+        words += ["--file", str(self.write_override())]
         words += ["up", "--detach", "--no-deps"]
         words += ["opencode" if part == "opencode" else f"opencode-{part}" for part in parts]
         program = self.engine.find_compose()
@@ -198,6 +221,21 @@ class Project:
         argv = self.engine.exec(self.container(part), *command)
         return self.engine.ask(argv, timeout=timeout)
 
+    def chown(self) -> list[str]:
+        """Return the command that gives the server's and the backup's volumes to their user."""
+        paths = [STATE, "/backups", "/var/tmp"]  # noqa: S108 -- in the container
+        return self.engine.run(
+            self.images["opencode"],
+            "-R",
+            self.workspace.user,
+            *paths,
+            hardened=False,
+            rm=True,
+            user="0:0",
+            entrypoint="chown",
+            volumes_from=self.container("backup"),
+        )
+
     def backup(
         self, *words: str, timeout: float | None = None, terminal: bool = False
     ) -> process.Completed:
@@ -229,7 +267,8 @@ def project_of(settings: Settings, engine: Engine) -> Project:
         images[part] = databases.find(settings, engine, part)
     if not images.get("datadog"):
         images.pop("datadog", None)
-    return Project(engine, settings, home(settings), known, images)
+    place = home(settings)
+    return Project(engine, settings, place, known, images, workspace.recorded(engine, place))
 
 
 def image_tag(settings: Settings) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import subprocess
 import sys
 import time
@@ -20,8 +21,9 @@ from pipeline.core.errors import (
 )
 from pipeline.core.settings import Settings
 from pipeline.engines.engine import Engine
-from pipeline.stack import databases, secrets
+from pipeline.stack import databases, git, secrets, workspace
 from pipeline.stack.compose import PARTS, Project, image_tag, other_parts, project_of
+from pipeline.stack.workspace import VOLUME
 
 LOCK_SECONDS = 2
 
@@ -45,6 +47,10 @@ LOG_CAUSES = {
 """What the databases log, and what it means."""
 
 
+DENIED = ("PermissionDenied", "EACCES", "Permission denied")
+"""What the server logs where the state belongs to another user."""
+
+
 @contextlib.contextmanager
 def exclusive(settings: Settings) -> Iterator[None]:
     """Hold the stack's lock. Raises StackBusy."""
@@ -60,11 +66,19 @@ def exclusive(settings: Settings) -> Iterator[None]:
         ) from None
 
 
-def up(settings: Settings, engine: Engine, *, dry_run: bool = False) -> None:
-    """Start the parts that are not running, wait until all answer, and print how to connect.
+def up(
+    settings: Settings,
+    engine: Engine,
+    *,
+    project_directory: str = "",
+    clone: str = "",
+    dry_run: bool = False,
+) -> None:
+    """Start what is not running or has other settings, and print how to connect.
 
-    Raises NoSuchRelease, SecretsRefused, StackBusy, PortTaken, PartDown, DatabaseImageMissing,
-    ComposeMissing.
+    ``project_directory`` is mounted at /workspace; the URL ``clone`` is cloned into the volume.
+    Raises NoSuchRelease, SecretsRefused, ProjectRefused, StackBusy, PortTaken, PartDown,
+    DatabaseImageMissing, ComposeMissing.
     """
     tag = engine.local(image_tag(settings))
     if not engine.image(tag):
@@ -82,18 +96,26 @@ def up(settings: Settings, engine: Engine, *, dry_run: bool = False) -> None:
     with exclusive(settings):
         for name in secrets.ensure(secrets.home(settings)):
             log(f"wrote {secrets.home(settings) / name}")
+        workspace.choose(settings, secrets.home(settings), VOLUME if clone else project_directory)
         engine.tag(tag, image_tag(settings))
         for part in other_parts(secrets.read(secrets.home(settings))):
             databases.ensure(settings, engine, part, tag)
         project = project_of(settings, engine)
         _start_missing(project)
+        server = project.container("opencode")
+        if clone and git.clone(engine, server, clone):
+            ok(f"cloned {clone}")
+            # The server reads the project when it starts.
+            engine.must("restart", server)
+            wait(project, "opencode")
         _print_address(project)
 
 
 def _start_missing(project: Project) -> None:
     """Start what is not running and wait for all parts; make the first backup in the background."""
     states = {part: project.state(part) for part in project.parts}
-    missing = [part for part in project.parts if not states[part].running]
+    changed = [part for part, state in states.items() if project.changed(part, state)]
+    missing = [part for part in project.parts if part in changed or not states[part].running]
     began = time.monotonic()
     if missing:
         project.start(*missing)
@@ -137,6 +159,9 @@ def _part_down(project: Project, part: str, reason: str) -> PartDown:
             reason = f"{reason}: {cause}"
             break
     remedy = f"See its log above, inv logs --part {part}, and docs/operations.md."
+    if any(words in output for words in DENIED):
+        reason = f"{reason}: its volumes belong to another user than {project.workspace.user}"
+        remedy = f"Change their owner, then inv up: {shlex.join(project.chown())}"
     return PartDown(f"{part}: {reason}", remedy, output)
 
 
@@ -177,6 +202,7 @@ def down(
         ok(f"stopped: {listed}")
         if volumes:
             _delete_volumes(project)
+            workspace.forget(project.home)
         log(f"volumes {'deleted' if volumes else 'kept'}: {names}")
 
 

@@ -62,7 +62,14 @@ def create_arguments(project: Project, tmp_path: Path, monkeypatch: pytest.Monke
     for name, value in project.environment().items():
         monkeypatch.setenv(name, value)
     engine = replace(project.engine, name="podman")
-    argv = engine.compose([], databases.COMPOSE, "red", tmp_path / "server.env", "up")
+    added = str(project.write_override())
+    argv = engine.compose(
+        [],
+        databases.COMPOSE,
+        "red",
+        tmp_path / "server.env",
+        *("--file", added, "up"),
+    )
     compose = podman_compose.PodmanCompose()
     compose.commands = podman_compose.podman_compose.commands
     compose._parse_args(argv)
@@ -239,7 +246,8 @@ def test_which_files_are_used(tmp_path: Path, volumes: str, bounded: Any, files:
     Recorder.volumes, Recorder.commands = volumes, []
     red(tmp_path, engine).start("valkey", "opencode")
     argv = Recorder.commands[-1]
-    assert [Path(argv[at + 1]).name for at, word in enumerate(argv) if word == "--file"] == files
+    given = [Path(argv[at + 1]).name for at, word in enumerate(argv) if word == "--file"]
+    assert given == [*files, "compose.json"]
     assert argv[-5:] == ["up", "--detach", "--no-deps", "opencode-valkey", "opencode"]
 
 

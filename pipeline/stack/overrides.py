@@ -1,0 +1,45 @@
+"""What a stack adds to compose.yaml on this machine: a file for Compose next to the secrets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.state import write_json
+from pipeline.stack.secrets import BACKUP, SERVER
+from pipeline.stack.workspace import Workspace
+
+LABEL = "opencode-server.settings"
+"""The label with the digest of what a container was started with."""
+
+
+def services(workspace: Workspace) -> dict[str, dict[str, Any]]:
+    """Return what is added to each service, by part."""
+    server: dict[str, Any] = {"user": workspace.user}
+    if workspace.directory:
+        server["volumes"] = [f"{workspace.directory}:/workspace:z"]
+    # The backup reads and writes the server's state.
+    return {"opencode": server, "backup": {"user": workspace.user}}
+
+
+def digests(added: Mapping[str, Any], secrets: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Return for each part a digest of its settings; another one means: start it again."""
+    files = {"opencode": SERVER, "backup": BACKUP}
+    found = {}
+    for part, name in files.items():
+        text = json.dumps([added[part], secrets[name]], sort_keys=True)
+        found[part] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return found
+
+
+def write(path: Path, added: Mapping[str, Any], labels: Mapping[str, str]) -> None:
+    """Write the file; Compose reads JSON as YAML, and replaces $ by variables."""
+    content = {}
+    for part, service in added.items():
+        name = "opencode" if part == "opencode" else f"opencode-{part}"
+        content[name] = service | {"labels": {LABEL: labels[part]}}
+    text = json.dumps({"services": content}).replace("$", "$$")
+    write_json(path, json.loads(text))
