@@ -47,7 +47,7 @@ LOG_CAUSES = {
 """What the databases log, and what it means."""
 
 
-DENIED = ("PermissionDenied", "EACCES", "Permission denied")
+DENIED = ("permission denied for UID", "PermissionDenied", "EACCES")
 """What the server logs where the state belongs to another user."""
 
 
