@@ -27,7 +27,9 @@ class Commands:
     ``store`` is the directory of its images; empty if that is remote or not readable. ``flags`` go
     before the subcommand, ``limits`` into each ``run`` and ``build``. ``rootless``: root in a
     container is the user here. ``bounded``: the engine can limit memory and processes.
-    ``platform`` is what is built for, such as linux/arm64; empty is this machine's own.
+    ``platform`` is what is built for, such as linux/arm64; empty is this machine's own. ``builder``
+    is the one of buildx that has this engine's images. ``vfs``: the storage copies each layer.
+    ``containerd``: docker keeps its images there.
     """
 
     name: Name
@@ -40,6 +42,9 @@ class Commands:
     rootless: bool = False
     bounded: bool = True
     platform: str = ""
+    builder: str = "default"
+    vfs: bool = False
+    containerd: bool = False
 
     @property
     def podman(self) -> bool:
@@ -51,14 +56,21 @@ class Commands:
 
     @property
     def env(self) -> dict[str, str]:
-        """The variables that the client needs.
+        """The variables that are set for each command, see ``Engine.ask``.
 
-        They are added to the environment of each command, see ``Engine.ask``.
+        Others of the engines apply as the user set them: DOCKER_HOST, CONTAINER_HOST and so on.
         """
         if self.podman:
-            return {}
-        # A builder of the user's own (BUILDX_BUILDER) does not see the images of this engine.
-        return {"DOCKER_BUILDKIT": str(int(self.buildkit)), "BUILDX_BUILDER": ""}
+            # Formats without a health check, and builds without a cache.
+            return {"BUILDAH_FORMAT": "", "BUILDAH_LAYERS": ""}
+        return {
+            "DOCKER_BUILDKIT": str(int(self.buildkit)),
+            # A builder in a container does not see the images of this engine.
+            "BUILDX_BUILDER": self.builder,
+            # The setting ``platform`` says it. Content trust would refuse images built here.
+            "DOCKER_DEFAULT_PLATFORM": "",
+            "DOCKER_CONTENT_TRUST": "",
+        }
 
     @property
     def hardened(self) -> dict[str, Option]:

@@ -20,7 +20,7 @@ from pipeline.core import process
 from pipeline.core.errors import EngineBroken, NoEngine
 from pipeline.core.settings import BUILD, Settings
 from pipeline.core.state import read_json, write_json
-from pipeline.engines.commands import Name
+from pipeline.engines.commands import BOUNDS, Name
 from pipeline.engines.engine import ASK_SECONDS, Engine
 
 PROOF_IMAGE = "opencode-server-proof:1"
@@ -37,14 +37,17 @@ LIMITS = (("nofile", resource.RLIMIT_NOFILE), ("nproc", resource.RLIMIT_NPROC))
 
 PODMAN_INFO = (
     "{{.Version.Version}} {{.Host.ServiceIsRemote}} "
-    "{{.Host.Security.Rootless}} {{.Store.GraphRoot}}"
+    "{{.Host.Security.Rootless}} {{.Store.GraphDriverName}} {{.Store.GraphRoot}}"
 )
 
 HINTS = {
+    "nftables": "Install nftables, which netavark needs for networks.",
+    "/dev/net/tun": "Let this user open it, which rootless networks need: chmod 0666 /dev/net/tun.",
     "netavark": "Install netavark and aardvark-dns, which podman needs for networks.",
     "aardvark": "Install netavark and aardvark-dns, which podman needs for networks.",
     "CNI": "Install containernetworking-plugins, which this podman needs for networks.",
     "newuidmap": "Install uidmap and give this user a range in /etc/subuid and /etc/subgid.",
+    "pids.max": "Use podman as root: this machine delegates no cgroups to users.",
     "cgroup": "Install runc: crun does not support this machine's cgroups.",
 }
 """What helps, by a word of the engine's error output."""
@@ -132,24 +135,17 @@ def _podman(program: str) -> Engine:
 
     Raises ConnectionError with the reason; ValueError for other output.
     """
-    done = process.run(
-        [
-            program,
-            "info",
-            "--format",
-            PODMAN_INFO,
-        ],
-        timeout=ASK_SECONDS,
-    )
+    done = process.run([program, "info", "--format", PODMAN_INFO], timeout=ASK_SECONDS)
     if not done.ok:
         raise ConnectionError([f"exit code {done.code}", *done.output.splitlines()][-1])
-    version, remote, rootless, store = done.stdout.strip().split(maxsplit=3)
+    version, remote, rootless, driver, store = done.stdout.strip().split(maxsplit=4)
     return Engine(
         "podman",
         program,
         version,
         store=store if remote == "false" else "",
         rootless=rootless == "true",
+        vfs=driver == "vfs",
     )
 
 
@@ -158,27 +154,17 @@ def _docker(program: str) -> Engine:
 
     A client without a daemon prints a description too, without ServerVersion.
     """
-    done = process.run(
-        [
-            program,
-            "info",
-            "--format",
-            "{{json .}}",
-        ],
-        timeout=ASK_SECONDS,
-    )
+    done = process.run([program, "info", "--format", "{{json .}}"], timeout=ASK_SECONDS)
     info = json.loads(done.stdout)
+    if "host" in info or "BuildahVersion" in info:
+        raise ConnectionError("this is podman under docker's name: use --engine podman")
     if not info.get("ServerVersion"):
         errors = info.get("ServerErrors") or done.output.splitlines()
         raise ConnectionError(["no answer", *errors][-1])
-    client = [
-        program,
-        "version",
-        "--format",
-        "{{.Client.Version}}",
-    ]
-    version = process.run(client, timeout=ASK_SECONDS).stdout.partition(".")[0]
-    plugins = [plugin["Name"] for plugin in info["ClientInfo"].get("Plugins") or []]
+    argv = [program, "version", "--format", "{{.Client.Version}}"]
+    version = process.run(argv, timeout=ASK_SECONDS).stdout.partition(".")[0]
+    client = info["ClientInfo"]
+    plugins = [plugin["Name"] for plugin in client.get("Plugins") or []]
     root = info.get("DockerRootDir", "")
     return Engine(
         "docker",
@@ -187,6 +173,8 @@ def _docker(program: str) -> Engine:
         store=root if os.access(root, os.R_OK) else "",
         buildkit="buildx" in plugins or int(version) < 23,  # noqa: PLR2004 -- see answering()
         rootless="name=rootless" in (info.get("SecurityOptions") or []),
+        builder=client.get("Context") or "default",  # buildx has one of each context's name
+        containerd="io.containerd.snapshotter.v1" in str(info.get("DriverStatus")),
     )
 
 
@@ -236,7 +224,7 @@ def _circumstances(name: Name) -> list[str]:
     A reboot may change cgroups, an update the program, and a variable the store.
     """
     boot = Path("/proc/sys/kernel/random/boot_id")
-    facts = [boot.read_text() if boot.exists() else ""]
+    facts = [f"2 {boot.read_text() if boot.exists() else ''}"]
     facts += [str(resource.getrlimit(number)) for _, number in LIMITS]
     facts += [f"{program} {Path(program).stat().st_mtime_ns}" for program in _programs(name)]
     variables = sorted(os.environ.items())
@@ -244,27 +232,44 @@ def _circumstances(name: Name) -> list[str]:
 
 
 def prove(engine: Engine) -> Engine:
-    """Start a container; return and record ``engine`` with the flags that worked.
+    """Run a container and a build; return and record ``engine`` with the flags that worked.
 
     Raises EngineBroken.
     """
     _import_proof_image(engine)
-    name = f"opencode-server-proof-{os.getpid()}"
     output = ""
     for attempt in adaptations(engine):
-        argv = attempt.run(attempt.local(PROOF_IMAGE), name=name, rm=True)
-        try:
-            done = attempt.ask(argv, timeout=ASK_SECONDS)
-        except subprocess.TimeoutExpired:
-            output = f"the container did not start within {ASK_SECONDS:g} s"
-        else:
-            if done.ok:
-                record = {"circumstances": _circumstances(engine.name), "engine": asdict(attempt)}
-                write_json(BUILD / f"engine-{engine.name}.json", record)
-                return attempt
-            output = done.output
-        attempt.ask(attempt.remove_container(name))
+        output = _fault(attempt, f"opencode-server-proof-{os.getpid()}")
+        if not output:
+            record = {"circumstances": _circumstances(engine.name), "engine": asdict(attempt)}
+            write_json(BUILD / f"engine-{engine.name}.json", record)
+            return attempt
     raise _broken(f"{engine.program} cannot start a container", output)
+
+
+def _fault(engine: Engine, name: str) -> str:
+    """Return why the engine cannot run, limit or build a container; nothing if it can."""
+    image = engine.local(PROOF_IMAGE)
+    try:
+        done = engine.ask(engine.run(image, name=name), timeout=ASK_SECONDS)
+        # Some engines ignore the limits with a warning.
+        template = "{{.HostConfig.Memory}} {{.HostConfig.PidsLimit}}"
+        limits = engine.ask(engine.inspect(name, template)).stdout.split()
+        if done.ok and engine.bounded and limits != [str(4 << 30), BOUNDS["pids_limit"]]:
+            return f"{engine.name} ignores limits: {limits}"
+        if done.ok:
+            # podman 5 without CAP_SYS_RESOURCE runs containers, and builds only with limits.
+            with tempfile.TemporaryDirectory() as scratch:
+                file = Path(scratch) / "Containerfile"
+                file.write_text(f'FROM {image}\nRUN ["/exit0"]\n')
+                argv = engine.build(Path(scratch), tag=name, containerfile=file, cache=False)
+                done = engine.ask(argv, timeout=ASK_SECONDS)
+            engine.ask(engine.remove_image(engine.local(name)))
+    except subprocess.TimeoutExpired:
+        return f"the container did not start within {ASK_SECONDS:g} s"
+    finally:
+        engine.ask(engine.remove_container(name))
+    return "" if done.ok else done.output or f"exit code {done.code}"
 
 
 def describe(engine: Engine) -> str:
@@ -275,6 +280,11 @@ def describe(engine: Engine) -> str:
     flags = [*engine.flags, *engine.limits]
     if not engine.bounded:
         flags.append("no limits on memory or processes")
+    if engine.vfs:
+        flags.append("vfs, which copies every layer")
+    for name, value in engine.env.items():
+        if os.environ.get(name) not in {None, "", value}:
+            flags.append(f"not your {name}")
     builder = ""
     if not engine.podman:
         builder = ", BuildKit" if engine.buildkit else ", legacy builder"

@@ -74,7 +74,13 @@ class Engine(Commands):
         ``reference`` is a name, an ID or a digest.
         """
         done = self.ask(self.argv("image inspect", reference))
-        return json.loads(done.stdout)[0] if done.ok else None
+        if not done.ok:
+            return None
+        image: dict[str, Any] = json.loads(done.stdout)[0]
+        if self.containerd:  # its Size is that of the compressed layers
+            sizes = self.ask(self.argv("history", "--human=false", reference, format="{{.Size}}"))
+            image["Size"] = sum(map(int, sizes.stdout.split()))
+        return image
 
     def images(self) -> dict[str, dict[str, Any]]:
         """Return the ``image inspect`` of every image by ID, without the prefix ``sha256:``.

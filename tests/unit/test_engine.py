@@ -51,9 +51,19 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     return put
 
 
-def podman(*, run: str = "exit 0", remote: bool = False) -> str:
+LIMITED = "4294967296 1024"
+
+
+def podman(
+    *,
+    run: str = "exit 0",
+    build: str = "exit 0",
+    inspect: str = LIMITED,
+    remote: bool = False,
+    driver: str = "overlay",
+) -> str:
     """A podman that answers, has the proof image, and does ``run`` for run."""
-    info = f"4.3.1 {str(remote).lower()} false /var/lib/containers/storage"
+    info = f"4.3.1 {str(remote).lower()} false {driver} /var/lib/containers/storage"
     return f"""
 echo "$*" >> "$0.log"
 case "$1" in --runtime) flags="$1 $2"; shift 2 ;; esac
@@ -61,6 +71,8 @@ case "$1" in
     info) echo '{info}' ;;
     image) echo '[{{"Id": "sha256:abc"}}]' ;;
     run) {run} ;;
+    build) {build} ;;
+    inspect) echo {inspect} ;;
 esac"""
 
 
@@ -81,6 +93,7 @@ case "$1" in
     info) echo '{json.dumps(info)}'; exit {int(not daemon)} ;;
     version) echo {version} ;;
     image) echo '[{{}}]' ;;
+    inspect) echo {LIMITED} ;;
 esac"""
 
 
@@ -110,9 +123,10 @@ def test_build() -> None:
         f"/d {head} opencode-server:candidate /src"
     )
     # A builder of the user's own has none of the images that are here.
-    assert PODMAN.env == {}
-    assert DOCKER.env == {"DOCKER_BUILDKIT": "1", "BUILDX_BUILDER": ""}
-    assert legacy.env == {"DOCKER_BUILDKIT": "0", "BUILDX_BUILDER": ""}
+    assert PODMAN.env == {"BUILDAH_FORMAT": "", "BUILDAH_LAYERS": ""}
+    unset = {"DOCKER_DEFAULT_PLATFORM": "", "DOCKER_CONTENT_TRUST": ""}
+    assert DOCKER.env == {"DOCKER_BUILDKIT": "1", "BUILDX_BUILDER": "default", **unset}
+    assert legacy.env == {"DOCKER_BUILDKIT": "0", "BUILDX_BUILDER": "default", **unset}
 
 
 def test_another_platform() -> None:
@@ -460,7 +474,60 @@ def test_the_flags_that_let_a_container_start_are_kept(place: Place) -> None:
         for line in program.with_name("podman.log").read_text().splitlines()
         if " rm " in f" {line} "
     ]
-    assert len(ran) == 3  # what a failed try left behind
+    assert len(ran) == 4  # each try
+
+
+def test_the_flags_that_let_a_build_run_are_kept(place: Place) -> None:
+    refuse = 'case "$*" in *nofile=*) ;; *) echo "error setting rlimit type 7" >&2; exit 1 ;; esac'
+    place("podman", podman(build=refuse))
+    assert find().limits[0::2] == ("--ulimit", "--ulimit")
+
+
+def test_limits_that_are_ignored_are_none(place: Place) -> None:
+    place("podman", podman(inspect="0 0"))
+    found = find()
+    assert not found.bounded
+    assert "no limits on memory or processes" in describe(found)
+    assert "memory" not in found.hardened
+
+
+def test_slow_storage_and_variables_that_do_not_apply_are_named(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place("podman", podman(driver="vfs"))
+    monkeypatch.setenv("BUILDAH_LAYERS", "false")
+    monkeypatch.setenv("DOCKER_DEFAULT_PLATFORM", "linux/arm64")
+    found = find()
+    assert found.vfs
+    assert describe(found).endswith("vfs, which copies every layer not your BUILDAH_LAYERS")
+    assert describe(DOCKER).endswith("not your DOCKER_DEFAULT_PLATFORM")
+
+
+@pytest.mark.parametrize("info", [{"host": {}}, {"ServerVersion": "4.3.1", "BuildahVersion": "1"}])
+def test_podman_under_dockers_name_is_named(place: Place, info: dict[str, object]) -> None:
+    place("docker", f"echo '{json.dumps(info)}'")
+    with pytest.raises(NoEngine, match="this is podman under docker's name"):
+        answering("docker")
+
+
+def test_a_size_is_that_of_the_unpacked_layers_in_containerds_store_too(place: Place) -> None:
+    info = {
+        "ServerVersion": "28",
+        "ClientInfo": {"Plugins": [{"Name": "buildx"}], "Context": "office"},
+        "DriverStatus": [["driver-type", "io.containerd.snapshotter.v1"]],
+    }
+    place(
+        "docker",
+        f"""case "$1 $2" in
+    info*) echo '{json.dumps(info)}' ;;
+    version*) echo 28 ;;
+    "image inspect") echo '[{{"Id": "x", "Size": 3}}]' ;;
+    "history --format") printf '5\\n0\\n7\\n' ;;
+esac""",
+    )
+    engine = answering("docker")
+    assert engine.image("x") == {"Id": "x", "Size": 12}
+    assert engine.env["BUILDX_BUILDER"] == "office"
 
 
 def test_an_image_that_is_not_here(place: Place) -> None:
@@ -479,7 +546,7 @@ def test_a_question_is_given_up_after_a_while_even_when_nobody_said_how_long(
     def run(
         argv: list[str], *, timeout: float | None = None, env: dict[str, str]
     ) -> process.Completed:
-        assert env == {"DOCKER_BUILDKIT": "1", "BUILDX_BUILDER": "", "A": "1"}
+        assert env == {**DOCKER.env, "A": "1"}
         waits.append(timeout)
         return process.Completed(tuple(argv), 1, "", "", 0.0)
 
