@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
 from pipeline.image import contents, diff
 from pipeline.smoke.server_probes import pinned_version
-from tests.conftest import Built, Checkout, build_once
+from tests.conftest import IMAGE, Built, Checkout, build_once
 from tests.image.conftest import derive
 from tests.servers import free_port
 
@@ -149,6 +151,29 @@ def test_the_same_locks_give_the_same_content(checkout: Checkout) -> None:
     ]
     assert files == []
     assert [row for row in found.settings if not row[0].startswith("label ")] == []
+
+
+def test_a_checkout_of_any_umask_and_place_gives_the_same_content(
+    built: Built, tmp_path: Path
+) -> None:
+    """Unpacked by a zip program that keeps no modes, under umask 077, in a folder with any name."""
+    odd = Checkout(
+        tmp_path / "sp äö 100% (x)",
+        {**built.checkout.env, "INVOKE_IMAGE": f"{IMAGE}-odd"},
+        tmp_path / "aside",
+    )
+    ignore = shutil.ignore_patterns("build", "__pycache__")
+    shutil.copytree(built.checkout.root, odd.root, symlinks=True, ignore=ignore)
+    for path in [odd.root, *odd.root.rglob("*")]:
+        if not path.is_symlink():
+            path.chmod(0o700 if path.is_dir() else 0o600)
+    done = odd.inv("build", "--engine", built.engine.name)
+    assert done.code == 0, done.stdout[-3000:] + done.stderr
+    images = built.inspect(), built.inspect(built.engine.local(f"{IMAGE}-odd:candidate"))
+    if images[0]["RootFS"] != images[1]["RootFS"]:
+        inside = [contents.read(built.engine, image, files=True) for image in images]
+        assert diff.compare(*images, *inside).files == {}
+    built.engine.must("rmi", built.engine.local(f"{IMAGE}-odd:candidate"))
 
 
 def test_an_image_without_python_cannot_be_looked_into(built: Built) -> None:
