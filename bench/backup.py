@@ -108,13 +108,13 @@ def drill(count: int) -> dict[str, float]:
     Return the seconds of each step. Raises ChecksFailed if something does not come back.
     """
     check_tools()
-    from tests.servers import redis_server
+    from tests.servers import redis_server, valkey_server
 
     took: dict[str, float] = {}
     with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
         scratch = Path(directory)
         database = scratch / "home/.local/share/opencode/opencode.db"
-        with redis_server(graph=True) as falkordb, redis_server() as valkey:
+        with redis_server(graph=True) as falkordb, valkey_server() as valkey:
             log(f"drill: writing {count:,} pairs of nodes, keys and rows")
             fill_databases(falkordb, valkey, count)
             fill_state(database, count)
@@ -122,7 +122,7 @@ def drill(count: int) -> dict[str, float]:
         ok(f"backup    {took['backup']:6.2f} s  copied, checked, encrypted, uploaded, read back")
         began = time.monotonic()
         shutil.rmtree(scratch / "home")
-        with redis_server(graph=True) as falkordb, redis_server() as valkey:
+        with redis_server(graph=True) as falkordb, valkey_server() as valkey:
             took["loss"] = time.monotonic() - began
             ok(f"loss      {took['loss']:6.2f} s  files removed; new, empty servers started")
             took["restore"] = run_backup(scratch, falkordb, valkey, "restore")
@@ -155,13 +155,13 @@ def compare(falkordb: int, valkey: int, database: Path, count: int) -> str:
 def bench(count: int = 100_000) -> list[Ratio]:
     """Compare a backup with ``redis-cli --rdb``, and a restore with a restart from those files."""
     check_tools()
-    from tests.servers import redis_server
+    from tests.servers import redis_server, valkey_server
 
     only = ("--only", "falkordb,valkey")
     with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
         scratch = Path(directory)
         homes = [scratch / "falkordb", scratch / "valkey"]
-        with redis_server(graph=True) as falkordb, redis_server() as valkey:
+        with redis_server(graph=True) as falkordb, valkey_server() as valkey:
             fill_databases(falkordb, valkey, count)
             began = time.monotonic()
             copies, quiet = [], subprocess.DEVNULL
@@ -181,13 +181,13 @@ def bench(count: int = 100_000) -> list[Ratio]:
             backed_up = run_backup(scratch, falkordb, valkey, "run", "--create", *only)
         began = time.monotonic()
         restart = [redis_server("--dir", str(homes[0]), graph=True)]
-        restart.append(redis_server("--dir", str(homes[1])))
+        restart.append(valkey_server("--dir", str(homes[1])))
         with restart[0], restart[1] as valkey:
             restarted = time.monotonic() - began
             loaded = connect(valkey).dbsize()
         if loaded != count:
             raise ChecksFailed(f"a restarted server has {loaded} keys", "Report this as a bug.")
-        with redis_server(graph=True) as falkordb, redis_server() as valkey:
+        with redis_server(graph=True) as falkordb, valkey_server() as valkey:
             restored = run_backup(scratch, falkordb, valkey, "restore", *only)
     size = f"{2 * count:,} nodes and {count:,} keys"
     dump = "redis-cli --rdb of both, side by side"

@@ -1,4 +1,4 @@
-"""Everything that a backup test needs: FalkorDB, Redis as Valkey, OpenCode's state, a fake B2.
+"""Everything that a backup test needs: FalkorDB, Valkey, OpenCode's state, a fake B2.
 
 The servers are real and listen on loopback.
 """
@@ -22,7 +22,7 @@ from typing import Any
 import redis
 
 from tests.fake_b2 import KEY, FakeB2, fake_b2
-from tests.servers import redis_server
+from tests.servers import redis_server, valkey_server
 
 PROGRAM = Path(__file__).parents[1] / "scripts" / "backup"
 SERVER_PASSWORD, ENCRYPTION, DATADOG = "sesam-server-Ää1", "sesam encryption $2", "sesam-datadog-3"
@@ -219,7 +219,7 @@ def world(home: Path) -> Iterator[World]:
     with (
         fake_b2("bucket") as b2,
         redis_server(*NO_DELAY, graph=True, password=SERVER_PASSWORD) as falkordb,
-        redis_server(*NO_DELAY, password=SERVER_PASSWORD) as valkey,
+        valkey_server(*NO_DELAY, password=SERVER_PASSWORD) as valkey,
     ):
         environ = {
             "BACKUP_REMOTE": "b2:bucket/backups",

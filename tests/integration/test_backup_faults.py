@@ -22,7 +22,7 @@ from lib.backup.crc64 import crc64
 from lib.backup.replication import Master
 
 from tests.backups import NO_DELAY, NODES, SERVER_PASSWORD, World, client, world
-from tests.servers import redis_server, until
+from tests.servers import redis_server, until, valkey_server
 
 pytestmark = pytest.mark.server
 ONCE = {"RCLONE_RETRIES": "1", "RCLONE_LOW_LEVEL_RETRIES": "2"}
@@ -123,7 +123,7 @@ def test_a_run_that_is_ended_at_any_step_leaves_the_last_good_one(here: World, n
 def during_the_copy(here: World, number: int) -> None:
     """End a run while a server sends its data; the server has its delay again, if later."""
     with (
-        redis_server(*SLOW, "--repl-diskless-sync-delay", "7", password=SERVER_PASSWORD) as slow,
+        valkey_server(*SLOW, "--repl-diskless-sync-delay", "7", password=SERVER_PASSWORD) as slow,
         client(slow) as server,
     ):
         server.set("key", "1")
@@ -281,11 +281,11 @@ def test_what_would_end_the_target_is_refused_before_it_is_touched(
     refused("CopyCorrupt", "no checksum")
     forge(here, backup, "falkordb", modules={"graph": 999999})
     refused("TargetTooOld", "module graph")
-    refused(
-        "TargetTooOld",
-        "has none of the module graph",
-        words=("--to", f"falkordb=127.0.0.1:{here.valkey}"),
-    )
+    with redis_server(password=SERVER_PASSWORD) as plain:
+        to = ("--to", f"falkordb=127.0.0.1:{plain}")
+        refused("TargetTooOld", "has none of the module graph", words=to)
+    to = ("--to", f"falkordb=127.0.0.1:{here.valkey}")
+    refused("TargetTooOld", "reads RDB 80, and this is RDB 12", words=to)
     with client(here.falkordb) as server:
         server.config_set("maxmemory", "1mb")
         forge(here, backup, "falkordb", memory=50_000_000)
@@ -300,7 +300,7 @@ def test_what_would_end_the_target_is_refused_before_it_is_touched(
 
 def test_a_replica_and_a_database_in_use_are_left_alone(here: World) -> None:
     here.run("--only", "valkey,opencode")
-    with redis_server(*NO_DELAY, password=SERVER_PASSWORD) as replica, client(replica) as server:
+    with valkey_server(*NO_DELAY, password=SERVER_PASSWORD) as replica, client(replica) as server:
         server.config_set("masterauth", SERVER_PASSWORD)
         server.replicaof("127.0.0.1", here.valkey)
         until(lambda: server.info("replication")["master_link_status"] == "up")
@@ -355,7 +355,9 @@ def test_a_restore_that_does_not_compare_puts_everything_back(here: World) -> No
         assert server.dbsize() == 0  # it was empty, and is again
 
 
-def test_when_the_target_dies_the_safety_copy_is_at_the_remote(here: World, tmp_path: Path) -> None:
+def test_data_that_no_check_sees_through_ends_no_restore_without_the_safety_copy(
+    here: World, tmp_path: Path
+) -> None:
     backup = here.run("--only", "valkey")
     # A type that nobody knows, with a right CRC64: what no check before can see.
     forge(
@@ -364,13 +366,20 @@ def test_when_the_target_dies_the_safety_copy_is_at_the_remote(here: World, tmp_
         "valkey",
         lambda data: signed(tmp_path, data[:-9] + b"\xfe\x07\x63\x01k\x01v" + data[-9:]),
     )
+    to = "valkey=127.0.0.1:{}".format
+    words = ("restore", backup, "--replace", "--to")
+    with valkey_server(*NO_DELAY, password=SERVER_PASSWORD) as other, client(other) as server:
+        server.set("precious", "1")
+        here.backup(*words, to(other)).failed("RestoreFailed", "was sent the data 3 times")
+        assert server.keys() == [b"precious"]
+        assert server.info("replication")["role"] == "master"
     with redis_server(*NO_DELAY, password=SERVER_PASSWORD) as other, client(other) as server:
         server.set("precious", "1")
-        failed = here.backup("restore", backup, "--replace", "--to", f"valkey=127.0.0.1:{other}")
+        failed = here.backup(*words, to(other))  # Redis ends itself
         failed.failed("SafetyCopyNeeded", "ended while it loaded")
         safety = failed.stderr.rsplit("backup restore ", 1)[1].split()[0]
     with redis_server(*NO_DELAY, password=SERVER_PASSWORD) as again, client(again) as server:
-        here.backup("restore", safety, "--to", f"valkey=127.0.0.1:{again}").ok()
+        here.backup("restore", safety, "--to", to(again)).ok()
         assert server.get("precious") == b"1"
 
 
@@ -389,7 +398,7 @@ def test_a_target_that_cannot_load_the_data_is_left_as_it_was(here: World, tmp_p
     gone = tmp_path / "gone"
     gone.mkdir()
     options = (*NO_DELAY, "--dir", str(gone))
-    with redis_server(*options, password=SERVER_PASSWORD) as port, client(port) as server:
+    with valkey_server(*options, password=SERVER_PASSWORD) as port, client(port) as server:
         server.set("precious", "1")
         gone.rmdir()  # for root, too, a replica cannot open its temporary file there
         words = ("restore", "--replace", "--to", f"valkey=127.0.0.1:{port}")
@@ -476,7 +485,7 @@ def test_a_server_that_goes_away_or_stalls_is_named(here: World) -> None:
     good = here.run("--only", "valkey")
     # One that refuses CONFIG is waited for.
     slow = ("--repl-diskless-sync-delay", "600", "--rename-command", "CONFIG", "")
-    with redis_server(*slow, password=SERVER_PASSWORD) as stalled, client(stalled) as server:
+    with valkey_server(*slow, password=SERVER_PASSWORD) as stalled, client(stalled) as server:
         env = {"VALKEY_PORT": str(stalled), "BACKUP_STALL_SECONDS": "1"}
         here.backup("run", "--only", "valkey", **env).failed("CopyCut", "it stalled")
         child = here.start("run", "--only", "valkey", VALKEY_PORT=str(stalled))

@@ -147,6 +147,24 @@ def versions(client: Any) -> dict[str, Any]:
     return {"kind": kind, "version": server[f"{kind}_version"], "modules": modules}
 
 
+def needed_modules(server: Database) -> dict[str, int]:
+    """Return the modules without which the data cannot be loaded.
+
+    Those are the loaded ones, and of those that are part of the server (vectorset of Redis 8, lua
+    of Valkey 9) the ones that have keys.
+    """
+    client = connect(server)
+    needed: dict[str, int] = versions(client)["modules"]
+    for row in client.module_list():
+        fields = {text(name): value for name, value in row.items()}
+        name = text(fields["name"])
+        databases = (connect(server, number) for number in keyspace(client))
+        keys = (each.scan_iter(_type=name, count=SCAN_COUNT) for each in databases)
+        if not fields.get("path") and not any(any(found) for found in keys):
+            del needed[name]
+    return needed
+
+
 def keyspace(client: Any) -> dict[int, dict[str, int]]:
     """Return INFO's numbers of keys and expires of each database that is not empty."""
     found = client.info("keyspace")

@@ -9,12 +9,13 @@ from typing import Any
 import redis
 
 from lib.backup import process, rdb
-from lib.backup.errors import CopyCut
+from lib.backup.errors import CopyCut, Failure
 from lib.backup.redis_source import (
     connect,
     contents,
     get_config,
     info,
+    needed_modules,
     title,
     unreachable,
     versions,
@@ -183,13 +184,17 @@ def copy(server: Database, target: Path, settings: Settings) -> dict[str, Any]:
         about = versions(connect(server))
     try:
         snapshot = transfer(server, target, settings)
-    except CopyCut:
+    except CopyCut as cut:
         if about["kind"] != "valkey" or int(about["version"].split(".")[0]) < FIRST_VALKEY:
             raise
         # RDB 11 has no place for hash fields that expire.
-        snapshot = transfer(server, target, settings, about["version"])
+        try:
+            snapshot = transfer(server, target, settings, about["version"])
+        except Failure:
+            raise cut from None
     with contextlib.closing(snapshot), unreachable(server):
         version = rdb.check(target)
+        about["modules"] = needed_modules(server)
         found = contents(server)
         memory = int(info(connect(server), "memory")["used_memory_dataset"])
         exact = False
