@@ -180,9 +180,10 @@ def bench(count: int = 100_000) -> list[Ratio]:
             copied = time.monotonic() - began
             backed_up = run_backup(scratch, falkordb, valkey, "run", "--create", *only)
         began = time.monotonic()
-        restart = [redis_server("--dir", str(homes[0]), graph=True)]
-        restart.append(valkey_server("--dir", str(homes[1])))
-        with restart[0], restart[1] as valkey:
+        with (
+            redis_server("--dir", str(homes[0]), graph=True),
+            valkey_server("--dir", str(homes[1])) as valkey,
+        ):
             restarted = time.monotonic() - began
             loaded = connect(valkey).dbsize()
         if loaded != count:
