@@ -4,7 +4,7 @@ set -eu
 
 # The container is the security boundary. Without this, git refuses a project of another user, and OpenCode then has no
 # diffs, undo or project for it.
-printf '[safe]\n\tdirectory = *\n' >/etc/gitconfig
+printf '[safe]\n\tdirectory = *\n[credential]\n\thelper = /app/scripts/git-credential-env\n' >/etc/gitconfig
 
 # The web terminal starts a login shell, and Debian's /etc/profile resets PATH.
 cat >/etc/profile.d/opencode-server.sh <<'END'

@@ -37,6 +37,7 @@ def team(tmp_path: Path, *components: str) -> list[dict[str, Any]]:
     overlay = tmp_path / "deploy/kubernetes/team"
     for name in ("server.env", "backup.env", "datadog.env"):
         shutil.copy(overlay / f"{name}.example", overlay / name)
+    (overlay.parent / "ca/ca.crt").write_text("a bundle\n")
     with (overlay / "kustomization.yaml").open("a") as file:
         file.write(f"components: {json.dumps([f'../{name}' for name in components])}\n")
     rendered = subprocess.run(
