@@ -25,12 +25,7 @@ from pipeline.engines.engine import ASK_SECONDS, Engine
 
 PROOF_IMAGE = "opencode-server-proof:1"
 
-STEERING = (
-    "CONTAINER",
-    "DOCKER",
-    "XDG_",
-    "HOME",
-)
+STEERING = ("BUILDAH", "CONTAINER", "DOCKER", "XDG_", "HOME")
 """Prefixes of the variables that select an engine's service and its store."""
 
 LIMITS = (("nofile", resource.RLIMIT_NOFILE), ("nproc", resource.RLIMIT_NPROC))
@@ -103,12 +98,7 @@ def answering(name: Name) -> Engine:
             reasons.append(f"{program}: no answer within {ASK_SECONDS:g} s")
         except ConnectionError as error:
             reasons.append(f"{program}: {error}")
-        except (
-            AttributeError,
-            KeyError,
-            TypeError,
-            ValueError,
-        ):
+        except (AttributeError, KeyError, TypeError, ValueError):
             reasons.append(f"{program}: the output of `info` is not that of {name}")
     for engine in engines:
         if engine.buildkit:
@@ -329,40 +319,14 @@ def exit_program(machine: str) -> bytes:
 
     One header, one loadable segment and one system call: exit(0). The file format is in elf(5).
     """
-    number = 62  # EM_X86_64
-    code = bytes.fromhex("31ff b83c000000 0f05")  # xor edi,edi; mov eax,60; syscall
-    if machine in {"aarch64", "arm64"}:
-        number = 183  # EM_AARCH64
-        code = bytes.fromhex("000080d2 a80b80d2 010000d4")  # mov x0,0; mov x8,93; svc 0
-    base = 0x400000
-    headers = 64 + 56
+    arm = machine in {"aarch64", "arm64"}
+    # xor edi,edi; mov eax,60; syscall -- or mov x0,0; mov x8,93; svc 0
+    code = bytes.fromhex("000080d2a80b80d2010000d4" if arm else "31ffb83c0000000f05")
+    base, headers = 0x400000, 64 + 56
     size = headers + len(code)
-    ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
-    entry = (
-        2,
-        number,
-        1,
-        base + headers,
-        64,
-        0,
-        0,
-        64,
-        56,
-        1,
-        64,
-        0,
-        0,
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH",
+        *(b"\x7fELF\x02\x01\x01".ljust(16, b"\0"), 2, 183 if arm else 62, 1),
+        *(base + headers, 64, 0, 0, 64, 56, 1, 64, 0, 0),
     )
-    segment = (
-        1,
-        5,
-        0,
-        base,
-        base,
-        size,
-        size,
-        0x1000,
-    )
-    return (
-        struct.pack("<16sHHIQQQIHHHHHH", ident, *entry) + struct.pack("<IIQQQQQQ", *segment) + code
-    )
+    return header + struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, size, size, 0x1000) + code

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 from pipeline.core.console import ok, table, warn
@@ -43,18 +42,8 @@ def report(settings: Settings, inventory: dict[str, Any]) -> list[Row] | None:
     path = BUILD / "advisories.json"
     packages = packages_of(inventory)
     try:
-        rows = find(
-            service.url.rstrip("/"),
-            packages,
-            service.seconds,
-        )
-    except (
-        requests.RequestException,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:
+        rows = find(service.url.rstrip("/"), packages, service.seconds)
+    except (requests.RequestException, ValueError, LookupError, TypeError, AttributeError) as error:
         warn(
             f"advisories: no answer from {service.url} ({type(error).__name__}). "
             "Name another service with OSV's API in advisories.url."
@@ -62,31 +51,18 @@ def report(settings: Settings, inventory: dict[str, Any]) -> list[Row] | None:
         path.unlink(missing_ok=True)  # It describes another image.
         return None
     write_json(path, rows)
-    fixable = []
-    for row in rows:
-        if row["fixed"]:
-            name = f"{row['ecosystem']} {row['package']}"
-            advisory = f"{row['id']} {row['severity']}"
-            fixable.append(
-                (
-                    name,
-                    row["version"],
-                    row["fixed"],
-                    advisory,
-                )
-            )
+    fixable = [
+        (
+            f"{row['ecosystem']} {row['package']}",
+            row["version"],
+            row["fixed"],
+            f"{row['id']} {row['severity']}",
+        )
+        for row in rows
+        if row["fixed"]
+    ]
     ok(f"{len(rows)} advisories on {len(packages)} packages; newer versions fix {len(fixable)}")
-    columns = (
-        "package",
-        "version",
-        "fixed in",
-        "advisory",
-    )
-    table(
-        "",
-        columns,
-        fixable[:ROWS],
-    )
+    table("", ("package", "version", "fixed in", "advisory"), fixable[:ROWS])
     return rows
 
 
@@ -125,69 +101,35 @@ def find(
     ``seconds`` is the time limit of one request. Raises requests.RequestException, and ValueError
     or KeyError if the answer is not that of OSV.
     """
-    ask = partial(
-        _ask,
-        url,
-        seconds,
-    )
+    import requests
+
+    def ask(path: str, body: object = None) -> dict[str, Any]:
+        method = "POST" if body else "GET"
+        response = requests.request(method, url + path, json=body, timeout=seconds)
+        response.raise_for_status()
+        return dict(response.json())
+
     matches = []
-    waiting = [_query(package) for package in packages]
+    waiting: list[dict[str, Any]] = [
+        {"package": {"ecosystem": ecosystem, "name": name}, "version": version}
+        for ecosystem, name, version in packages
+    ]
     while waiting:
-        batch = waiting[:BATCH]
-        waiting = waiting[BATCH:]
+        batch, waiting = waiting[:BATCH], waiting[BATCH:]
         answer = ask("/v1/querybatch", {"queries": batch})
-        for query, result in zip(
-            batch,
-            answer["results"],
-            strict=True,
-        ):
-            for advisory in result.get("vulns", []):
-                matches.append((query, advisory["id"]))
+        for query, result in zip(batch, answer["results"], strict=True):
+            matches += [(query, advisory["id"]) for advisory in result.get("vulns", [])]
             if token := result.get("next_page_token"):
                 waiting.append({**query, "page_token": token})
     # OSV lists only the IDs of a package's advisories. Each is fetched once.
     ids = sorted({identity for _, identity in matches})
     with ThreadPoolExecutor(8) as pool:
-        paths = [f"/v1/vulns/{identity}" for identity in ids]
-        details = dict(
-            zip(
-                ids,
-                pool.map(ask, paths),
-                strict=True,
-            )
-        )
-    rows = []
-    for query, identity in matches:
-        if "withdrawn" not in details[identity]:
-            rows.append(_row(query, details[identity]))
-    return rows
-
-
-def _ask(
-    url: str,
-    seconds: float,
-    path: str,
-    body: object = None,
-) -> dict[str, Any]:
-    import requests
-
-    method = "POST" if body else "GET"
-    response = requests.request(
-        method,
-        url + path,
-        json=body,
-        timeout=seconds,
-    )
-    response.raise_for_status()
-    return dict(response.json())
-
-
-def _query(package: Package) -> dict[str, Any]:
-    ecosystem, name, version = package
-    return {
-        "package": {"ecosystem": ecosystem, "name": name},
-        "version": version,
-    }
+        details = dict(zip(ids, pool.map(ask, [f"/v1/vulns/{each}" for each in ids]), strict=True))
+    return [
+        _row(query, details[identity])
+        for query, identity in matches
+        if "withdrawn" not in details[identity]
+    ]
 
 
 def _row(query: dict[str, Any], detail: dict[str, Any]) -> Row:
@@ -210,33 +152,21 @@ def _fixed(query: dict[str, Any], affected: list[dict[str, Any]]) -> str:
 
     Each line of releases has a fix of its own; the next one above belongs to the package's line.
     """
-    installed = order(query["version"])
-    fixes = []
-    for entry in affected:
-        if _plain(entry["package"]) != _plain(query["package"]):
-            continue
-        for span in entry.get("ranges", []):
-            if span["type"] == "GIT":
-                continue
-            for event in span["events"]:
-                fix = event.get("fixed", "")
-                if order(fix) > installed:
-                    fixes.append(fix)
-    return min(
-        fixes,
-        key=order,
-        default="",
-    )
+    fixes = [
+        event.get("fixed", "")
+        for entry in affected
+        if _plain(entry["package"]) == _plain(query["package"])
+        for span in entry.get("ranges", [])
+        if span["type"] != "GIT"
+        for event in span["events"]
+    ]
+    newer = [fix for fix in fixes if order(fix) > order(query["version"])]
+    return min(newer, key=order, default="")
 
 
 def _plain(package: dict[str, str]) -> tuple[str, str]:
     """Return ecosystem and name as they compare: PyPI ignores case, and - _ . are the same."""
-    name = re.sub(
-        r"[-_.]+",
-        "-",
-        package["name"],
-    )
-    return package["ecosystem"], name.lower()
+    return package["ecosystem"], re.sub(r"[-_.]+", "-", package["name"]).lower()
 
 
 def order(version: str) -> list[tuple[int, str]]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import process
-from pipeline.core.console import log, megabytes, table
+from pipeline.core.clock import now
+from pipeline.core.console import log, megabytes, table, warn
 from pipeline.core.dev_tools import ensure_dev_tools
 from pipeline.core.errors import ContentsUnreadable, DiskFull, NoSuchImage, SbomFailed
 from pipeline.core.settings import BUILD, Settings
@@ -23,6 +24,9 @@ from pipeline.image.tags import COMMIT, KIND, label, short_id
 
 INVENTORY = Path(__file__).with_name("inventory.py").read_text()
 """The program that runs inside the image."""
+
+NODE_ENDS = {"20": "2026-04-30", "22": "2027-04-30", "24": "2028-04-30"}
+"""When Node's releases stop getting fixes: https://github.com/nodejs/release#release-schedule."""
 
 LARGEST = 5
 """Packages of each kind that the table names."""
@@ -57,14 +61,7 @@ def read(
     Raises ContentsUnreadable.
     """
     name = f"opencode-server-contents-{os.getpid()}-{secrets.token_hex(3)}"
-    program = [
-        "-S",
-        "-I",
-        "-c",
-        INVENTORY,
-    ]
-    if files:
-        program.append("files")
+    program = ["-S", "-I", "-c", INVENTORY, *(["files"] if files else [])]
     # Root without capabilities but that to read every file.
     argv = engine.run(
         image["Id"],
@@ -104,11 +101,7 @@ def contents(
 
     Raises NoSuchImage, ContentsUnreadable, SbomFailed, DiskFull, ToolMissing.
     """
-    image = find(
-        engine,
-        reference or "candidate",
-        settings.image,
-    )
+    image = find(engine, reference or "candidate", settings.image)
     inventory = read(engine, image)
     kind, commit = label(image, KIND), label(image, COMMIT)
     inventory |= {
@@ -122,17 +115,11 @@ def contents(
         f"contents: {short_id(image)}, {megabytes(image['Size'])}: {inventory['system']}, "
         f"node {inventory['node']}, OpenAgents {kind} {commit[:12]}"
     )
+    major = inventory["node"].strip("v").partition(".")[0]
+    if now()[:10] > (end := NODE_ENDS.get(major, "9999")):
+        warn(f"Node {major} has had no fixes since {end}; node:{major}-slim is not rebuilt.")
     rows = [_summary(*item) for item in inventory["packages"].items()]
-    table(
-        "",
-        (
-            "packages",
-            "count",
-            "size",
-            "largest",
-        ),
-        rows,
-    )
+    table("", ("packages", "count", "size", "largest"), rows)
     if sbom:
         path = write_sbom(engine, image)
         count = len(json.loads(path.read_text())["packages"])
@@ -143,32 +130,16 @@ def contents(
 
 
 def _summary(kind: str, packages: dict[str, list[Any]]) -> tuple[str, ...]:
-    total = 0
-    rows = []
-    for name, (version, size, *_) in packages.items():
-        total += size
-        rows.append((size, f"{name} {version} ({size / 1e6:.0f} MB)"))
-    rows.sort(reverse=True)
-    largest = ", ".join(text for _, text in rows[:LARGEST])
-    return kind, str(len(packages)), megabytes(total), largest
+    rows = sorted(((entry[1], name, entry[0]) for name, entry in packages.items()), reverse=True)
+    largest = [f"{name} {version} ({size / 1e6:.0f} MB)" for size, name, version in rows[:LARGEST]]
+    return kind, str(len(rows)), megabytes(sum(row[0] for row in rows)), ", ".join(largest)
 
 
 def sbom_argv(archive: Path, output: Path) -> list[str]:
     """Return the call of syft: an image archive in, SPDX JSON out."""
     syft = Path(sys.executable).with_name("syft")
-    words = [
-        "--quiet",
-        "--source-name",
-        "opencode-server",
-        "--output",
-        f"spdx-json={output}",
-    ]
-    return [
-        str(syft),
-        "scan",
-        f"docker-archive:{archive}",
-        *words,
-    ]
+    words = ["--quiet", "--source-name", "opencode-server", "--output", f"spdx-json={output}"]
+    return [str(syft), "scan", f"docker-archive:{archive}", *words]
 
 
 def write_sbom(engine: Engine, image: dict[str, Any]) -> Path:
@@ -185,11 +156,7 @@ def write_sbom(engine: Engine, image: dict[str, Any]) -> Path:
         try:
             # Without the variable, syft asks its makers for a newer version.
             env = {"SYFT_CHECK_FOR_APP_UPDATE": "false"}
-            result = process.run(
-                sbom_argv(archive, draft),
-                timeout=600,
-                env=env,
-            )
+            result = process.run(sbom_argv(archive, draft), timeout=600, env=env)
             if not result.ok:
                 error = DiskFull if "no space left" in result.output.lower() else SbomFailed
                 raise error(

@@ -19,14 +19,10 @@ ROWS = 12
 
 CREATED = "label org.opencontainers.image.created"
 
-ASPECTS = (
-    "mode",
-    "owner",
-    "size",
-    "time",
-    "content",
-)
+ASPECTS = ("mode", "owner", "size", "time", "content")
 """What the inventory lists of a file, in its order."""
+
+ABSENT = ["", "", 0, 0, ""]
 
 CONFIG = (
     "Entrypoint",
@@ -72,39 +68,35 @@ def compare(
     new: dict[str, Any],
 ) -> Difference:
     """Compare two images: their inspections, and their inventories with files."""
-    found = Difference(
+    files, times = {}, []
+    for path, was, now in changes(old["files"], new["files"], ABSENT):
+        aspects = [
+            name
+            for name, one, other in zip(ASPECTS, was, now, strict=True)
+            if one != other and name != "size"
+        ]
+        if not (was[0] and now[0]):
+            aspects = ["gone" if was[0] else "new"]
+        elif "time" in aspects:
+            aspects.remove("time")
+            times.append(path)
+        if aspects:
+            files[path] = ", ".join(aspects), now[2] - was[2]
+    return Difference(
         size=(before["Size"], after["Size"]),
-        settings=_changes(settings_of(before), settings_of(after)),
-        packages=_changes(versions_of(old), versions_of(new)),
+        settings=changes(settings_of(before), settings_of(after), ""),
+        packages=changes(versions_of(old), versions_of(new), ""),
+        files=files,
+        times=times,
     )
-    absent = [
-        "",
-        "",
-        0,
-        0,
-        "",
-    ]
-    for path in sorted({*old["files"], *new["files"]}):
-        was = old["files"].get(path, absent)
-        now = new["files"].get(path, absent)
-        what = _aspects(was, now)
-        if "time" in what:
-            what.remove("time")
-            found.times.append(path)
-        if what:
-            found.files[path] = ", ".join(what), now[2] - was[2]
-    return found
 
 
 def settings_of(image: dict[str, Any]) -> dict[str, str]:
     """Return the settings of an inspected image, each variable and label by its own name."""
     config = image["Config"]
-    found = {}
-    for variable in config.get("Env") or []:
-        name, _, value = variable.partition("=")
-        found[f"env {name}"] = value
-    for name, value in (config.get("Labels") or {}).items():
-        found[f"label {name}"] = value
+    variables = [variable.partition("=") for variable in config.get("Env") or []]
+    found = {f"env {name}": value for name, _, value in variables}
+    found |= {f"label {name}": value for name, value in (config.get("Labels") or {}).items()}
     for name in CONFIG:
         # podman lists the health check beside Config.
         if value := config.get(name) or image.get(name):
@@ -114,34 +106,21 @@ def settings_of(image: dict[str, Any]) -> dict[str, str]:
 
 def versions_of(inventory: dict[str, Any]) -> dict[str, str]:
     """Return the version of each package of an inventory."""
-    found = {}
-    for kind, packages in inventory["packages"].items():
-        for name, entry in packages.items():
-            found[f"{kind} {name}"] = entry[0]
-    return found
+    return {
+        f"{kind} {name}": entry[0]
+        for kind, packages in inventory["packages"].items()
+        for name, entry in packages.items()
+    }
 
 
-def _changes(old: dict[str, str], new: dict[str, str]) -> Changes:
-    changes = []
-    for name in sorted({*old, *new}):
-        was = old.get(name, "")
-        now = new.get(name, "")
-        if was != now:
-            changes.append((name, was, now))
-    return changes
-
-
-def _aspects(was: list[Any], now: list[Any]) -> list[str]:
-    """Return what differs between two entries of a file; the size goes with the content."""
-    if not was[0]:
-        return ["new"]
-    if not now[0]:
-        return ["gone"]
-    differing = []
-    for index, aspect in enumerate(ASPECTS):
-        if was[index] != now[index] and aspect != "size":
-            differing.append(aspect)
-    return differing
+def changes(
+    old: dict[str, Any],
+    new: dict[str, Any],
+    absent: Any,
+) -> list[tuple[str, Any, Any]]:
+    """Return what differs between two maps, in the order of the names."""
+    pairs = [(name, old.get(name, absent), new.get(name, absent)) for name in {*old, *new}]
+    return sorted((pair for pair in pairs if pair[1] != pair[2]), key=lambda pair: pair[0])
 
 
 def diff(
@@ -158,35 +137,10 @@ def diff(
     ``before`` and ``after`` are names of images, or tags of ours. ``files`` prints every file.
     Raises NoSuchImage, ContentsUnreadable, and with ``same`` NotTheSame where they differ.
     """
-    one = contents.find(
-        engine,
-        before,
-        settings.image,
-    )
-    other = contents.find(
-        engine,
-        after,
-        settings.image,
-    )
+    images = [contents.find(engine, name, settings.image) for name in (before, after)]
     with ThreadPoolExecutor() as pool:
-        old = pool.submit(
-            contents.read,
-            engine,
-            one,
-            files=True,
-        )
-        new = pool.submit(
-            contents.read,
-            engine,
-            other,
-            files=True,
-        )
-    found = compare(
-        one,
-        other,
-        old.result(),
-        new.result(),
-    )
+        inside = pool.map(lambda image: contents.read(engine, image, files=True), images)
+        found = compare(*images, *inside)
     write_json(BUILD / "diff.json", vars(found))
     log(f"diff: {before} -> {after}")
     show(found, every=files)
@@ -203,18 +157,10 @@ def show(found: Difference, *, every: bool = False) -> None:
     log(f"{megabytes(before)} -> {megabytes(after)} ({(after - before) / 1e6:+.1f} MB)")
     _table("settings", found.settings)
     _table("packages", found.packages)
-    files = []
-    for path, (what, size) in found.files.items():
-        files.append((size, path, what))
-    files.sort(key=lambda row: -abs(row[0]))
-    rows = [(path, what, f"{size:+,d}") for size, path, what in files]
-    limit = len(rows) if every else ROWS
-    _table(
-        "files",
-        rows,
-        ("path", "change", "bytes"),
-        limit,
-    )
+    files = [(path, what, f"{size:+,d}") for path, (what, size) in found.files.items()]
+    files.sort(key=lambda row: -abs(found.files[row[0]][1]))
+    limit = len(files) if every else ROWS
+    _table("files", files, ("path", "change", "bytes"), limit)
     if every:
         for path in found.times:
             log(f"time  {path}")
@@ -230,10 +176,6 @@ def _table(
     limit: int = ROWS,
 ) -> None:
     if rows:
-        table(
-            f"\n{len(rows)} {title}",
-            columns,
-            rows[:limit],
-        )
+        table(f"\n{len(rows)} {title}", columns, rows[:limit])
     if len(rows) > limit:
         log(f"and {len(rows) - limit} more in build/diff.json")

@@ -61,24 +61,14 @@ def describe(path: str, status: os.stat_result) -> list[Any]:
     elif stat.S_ISLNK(status.st_mode):
         content = str(Path(path).readlink())
     owner = f"{status.st_uid}:{status.st_gid}"
-    return [
-        stat.filemode(status.st_mode),
-        owner,
-        size,
-        int(status.st_mtime),
-        content,
-    ]
+    return [stat.filemode(status.st_mode), owner, size, int(status.st_mtime), content]
 
 
 def debian() -> Packages:
     """Return Debian's packages; name and version of the source follow, which advisories name."""
     line = "\t".join(f"${{{field}}}" for field in DPKG_FIELDS)
     packages = {}
-    for row in output(
-        "dpkg-query",
-        "--show",
-        f"--showformat={line}\n",
-    ).splitlines():
+    for row in output("dpkg-query", "--show", f"--showformat={line}\n").splitlines():
         name, version, kilobytes, *source = row.split("\t")
         packages[name] = [version, int(kilobytes or 0) * 1024, *source]
     return packages
@@ -95,12 +85,7 @@ def npm(sizes: dict[str, int]) -> Packages:
         file = f"{folder}/package.json"
         package = json.loads(Path(file).read_text()) if file in sizes else {}
         if "version" in package:
-            add(
-                packages,
-                package["name"],
-                package["version"],
-                size,
-            )
+            add(packages, package["name"], package["version"], size)
     return packages
 
 
@@ -112,12 +97,7 @@ def python(sizes: dict[str, int]) -> Packages:
     for package in metadata.distributions(path=folders):
         paths = [str(package.locate_file(file)) for file in package.files or []]
         size = sum(sizes.get(path, 0) for path in paths)
-        add(
-            packages,
-            package.metadata["Name"],
-            package.version,
-            size,
-        )
+        add(packages, package.metadata["Name"], package.version, size)
     return packages
 
 
@@ -136,21 +116,13 @@ def add(
 
 def output(*argv: str) -> str:
     """Return the output of a command."""
-    return subprocess.run(
-        argv,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def main() -> None:
     """Print the inventory."""
     found = walk()
-    sizes = {}
-    for path, status in found.items():
-        if stat.S_ISREG(status.st_mode):
-            sizes[path] = status.st_size
+    sizes = {path: each.st_size for path, each in found.items() if stat.S_ISREG(each.st_mode)}
     system = dict(re.findall(r'(?m)^(\w+)="?(.*?)"?$', Path("/etc/os-release").read_text()))
     release = Path("/etc/debian_version").read_text().strip()
     inventory: dict[str, Any] = {

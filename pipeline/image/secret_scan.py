@@ -166,11 +166,7 @@ def _findings(engine: Engine, image: dict[str, Any]) -> list[Findings]:
     known = record["layers"] if record.get("rules") == RULES else {}
     missing = set(digests) - set(known)
     if missing:
-        for digest, findings in _scan_layers(
-            engine,
-            image,
-            missing,
-        ):
+        for digest, findings in _scan_layers(engine, image, missing):
             known[digest] = asdict(findings)
         known = {digest: known[digest] for digest in digests}
         write_json(file, {"rules": RULES, "layers": known})
@@ -179,12 +175,13 @@ def _findings(engine: Engine, image: dict[str, Any]) -> list[Findings]:
 
 def _configuration(image: dict[str, Any]) -> list[str]:
     config = image.get("Config") or {}
-    lines = list(config.get("Env") or [])
-    for name, value in (config.get("Labels") or {}).items():
-        lines.append(f"{name}={value}")
-    lines.append(str(config.get("Entrypoint")))
-    lines.append(str(config.get("Cmd")))
-    return lines
+    labels = [f"{name}={value}" for name, value in (config.get("Labels") or {}).items()]
+    return [
+        *(config.get("Env") or []),
+        *labels,
+        str(config.get("Entrypoint")),
+        str(config.get("Cmd")),
+    ]
 
 
 def _faults_in(where: str, text: str) -> list[str]:
@@ -249,11 +246,7 @@ def _scan_layers(
     directories = _directories(image)
     readable = all(os.access(directory, os.R_OK) for directory in directories)
     if readable and len(directories) == len(digests):
-        for digest, directory in zip(
-            digests,
-            directories,
-            strict=True,
-        ):
+        for digest, directory in zip(digests, directories, strict=True):
             if digest in wanted:
                 yield digest, scan(_in_directory(Path(directory)))
         return
@@ -266,11 +259,7 @@ def _scan_layers(
             manifest = outer.extractfile("manifest.json")
             assert manifest is not None  # noqa: S101 -- `save` always writes one
             names = json.load(manifest)[0]["Layers"]
-            for digest, name in zip(
-                digests,
-                names,
-                strict=True,
-            ):
+            for digest, name in zip(digests, names, strict=True):
                 if digest in wanted:
                     with tarfile.open(fileobj=outer.extractfile(name)) as layer:
                         yield digest, scan(_in_tar(layer))

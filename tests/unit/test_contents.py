@@ -108,6 +108,17 @@ def test_an_image_is_looked_into_by_its_own_python_without_a_network(
     ]
 
 
+def test_a_node_without_fixes_is_named(
+    use: Callable[..., Images], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(i=image("a", name="i"))
+    settings = Settings.model_validate({"advisories": {"url": ""}})
+    for epoch, ended in (("1777507200", False), ("1777600000", True)):  # April 30 and May 1, 2026
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+        contents.contents(settings, ENGINE, "i", sbom=False)
+        assert ("Node 20 has had no fixes since 2026-04-30" in capsys.readouterr().out) == ended
+
+
 def test_one_that_cannot_be_looked_into_is_named(use: Callable[..., Images]) -> None:
     images = use(i=image("a"))
     images.failing["run"] = "exec: /usr/bin/python3: not found"
