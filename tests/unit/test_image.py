@@ -3,6 +3,7 @@ labelled.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -222,6 +223,17 @@ def test_a_script_with_the_line_ends_of_windows_is_named(tree: Path) -> None:
     (tree / "scripts/status").write_bytes(b"#!/bin/sh\r\ntrue\r\n")
     with pytest.raises(ContainerfileRefused, match="scripts/status has the line ends of Windows"):
         hash_inputs(tree, "")
+
+
+def test_a_checkout_on_windows_has_scripts_that_run_and_no_links(tmp_path: Path) -> None:
+    settings = ["-c", "core.autocrlf=true", "-c", "core.symlinks=false"]
+    clone = ["git", *settings, "clone", "-q", "--depth=1", ROOT.as_uri(), str(tmp_path / "c")]
+    assert process.run(clone).ok
+    assert "scripts/status" in hash_inputs(tmp_path / "c", "")  # refuses scripts with CRLF
+    assert b"\r" not in (tmp_path / "c" / "inv").read_bytes()
+    listed = process.run(["git", "-C", str(tmp_path / "c"), "ls-files", "-s"]).stdout
+    assert "Containerfile" in listed
+    assert not re.search("^120000", listed, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
