@@ -269,37 +269,12 @@ class Commands:
         only = f"label=com.docker.compose.project={project}" if project else ""
         return self.argv("volume ls", quiet=True, filter=only)
 
-    def remove_volume(self, name: str) -> list[str]:
-        """Remove a volume.
-
-        podman volume rm NAME
-        """
-        return self.argv("volume rm", name)
-
-    def list_images(self) -> list[str]:
-        """Print REPOSITORY:TAG and the ID of each image; one without a name is ``<none>:<none>``.
-
-        podman images --no-trunc --format TEMPLATE
-
-        podman prints names under ``localhost/`` for images that were built here, see ``local``.
-        """
-        return self.argv("images", no_trunc=True, format="{{.Repository}}:{{.Tag}} {{.ID}}")
-
     def remove_image(self, reference: str) -> list[str]:
         """Remove a name of an image, and the image with its last name.
 
         podman rmi REFERENCE
         """
         return self.argv("rmi", reference)
-
-    def layer_commands(self, image: str) -> list[str]:
-        """Print the command that made each layer of an image.
-
-        podman history --no-trunc --format TEMPLATE IMAGE
-
-        It contains the values of build arguments, so no secret may be one.
-        """
-        return self.argv("history", image, no_trunc=True, format="{{.CreatedBy}}")
 
     def import_(
         self,

@@ -100,7 +100,8 @@ class Engine(Commands):
 
         podman's IDs have the prefix ``sha256:`` here, as docker's do.
         """
-        lines = self.ask(self.list_images()).stdout.splitlines()
+        template = "{{.Repository}}:{{.Tag}} {{.ID}}"
+        lines = self.ask(self.argv("images", no_trunc=True, format=template)).stdout.splitlines()
         names = (line.split() for line in lines)
         return {name: identity for name, identity in names if "<none>" not in name}
 

@@ -153,7 +153,8 @@ def check(
             if ours.intersection(certificates):
                 faults.append(f"/{path} holds a CA of this network")
     # Build arguments are in the history; an ENV of the base is in the configuration only.
-    history = engine.ask(engine.layer_commands(image["Id"])).stdout
+    argv = engine.argv("history", image["Id"], no_trunc=True, format="{{.CreatedBy}}")
+    history = engine.ask(argv).stdout
     faults += _faults_in("history", history)
     faults += _faults_in("configuration", "\n".join(_configuration(image)))
     return faults, len(layers)

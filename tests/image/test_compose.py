@@ -150,5 +150,5 @@ def test_podman_plays_what_kustomize_renders_of_a_team(stack: Up, tmp_path: Path
             engine.ask(engine.argv("pod", "rm", "--force", name))
         for volume in stack.engine("volume", "ls", "--quiet").split():
             if volume.startswith(f"{stack.name}-"):
-                engine.ask(engine.remove_volume(volume))
+                engine.ask(engine.argv("volume rm", volume))
         engine.ask(engine.remove_network(network))
