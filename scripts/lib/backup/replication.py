@@ -8,14 +8,15 @@ import contextlib
 import hmac
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event, Thread, current_thread, main_thread
 from typing import IO, Any
 
 import redis
 
+from lib.backup import process
 from lib.backup.errors import CopyCut, Failure, TargetCannotReachUs, TargetInUse
 from lib.backup.redis_source import (
     connect,
@@ -47,12 +48,12 @@ class Master:
         self.sent = 0
         self.attempts = 0
         self._source = source
-        self._over = threading.Event()
+        self._over = Event()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family)
         self._listener.settimeout(0.1)
         self.port = self._listener.getsockname()[1]
-        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread = Thread(target=self._serve, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -191,6 +192,9 @@ def progress(
             raise CopyCut(f"{name} ended while it loaded the data", remedy) from None
         yield state
         sent = master.sent if master else 0
+        # The main thread, which gets the signal, puts back what was there.
+        if master and process.ending.is_set() and current_thread() is not main_thread():
+            raise CopyCut("interrupted", "Run it again.")
         if master and master.attempts > ATTEMPTS:
             what = f"{name} was sent the data {ATTEMPTS} times and did not load it"
             folder = get_config(client, "dir")

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,19 +133,25 @@ def save(there: Settings, held: list[str], scratch: Path) -> Safety:
 
 
 def put_all(copies: list[Copy], targets: Mapping[str, Target], safety: Safety) -> None:
-    """Restore every part; if one fails, put back all. Raises RestoreFailed, SafetyCopyNeeded."""
-    changed: list[Copy] = []
+    """Restore all parts side by side; if one fails, put back all.
+
+    Raises RestoreFailed, SafetyCopyNeeded.
+    """
+
+    def put(copy: Copy) -> None:
+        log(f"restoring {targets[copy.part]}")
+        targets[copy.part].put(copy)
+
     try:
-        for copy in copies:
-            changed.append(copy)
-            log(f"restoring {targets[copy.part]}")
-            targets[copy.part].put(copy)
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(put, copies):
+                pass
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
         if not isinstance(error, Exception):
             reason = "interrupted"
         log(f"failed ({reason}); putting back the previous content")
-        put_back(changed, targets, safety, reason)
+        put_back(copies, targets, safety, reason)
         if not isinstance(error, Exception):
             raise
         remedy = error.remedy if isinstance(error, Failure) else "Check its log."
@@ -152,11 +159,11 @@ def put_all(copies: list[Copy], targets: Mapping[str, Target], safety: Safety) -
 
 
 def put_back(
-    changed: list[Copy], targets: Mapping[str, Target], safety: Safety, reason: str
+    copies: list[Copy], targets: Mapping[str, Target], safety: Safety, reason: str
 ) -> None:
     """Restore the previous content of each changed part. Raises SafetyCopyNeeded."""
     failed = []
-    for copy in reversed(changed):
+    for copy in copies:
         target = targets[copy.part]
         previous = safety.copy_of(copy.part)
         try:
