@@ -297,15 +297,14 @@ class Night:
         """Remove the copy and older images, unless the next night completes the release."""
         if self.pending():
             return
-        released = self.record["outcome"] == "released"
         layers = self.tree / "build/layers.json"
-        if released and layers.exists():
+        if self.record["outcome"] == "released" and layers.exists():
             # What the secret scan knows of each layer: the next build need not look again.
             layers.replace(BUILD / layers.name)
         shutil.rmtree(self.directory, ignore_errors=True)
         if self.step != STEPS[0]:
             self.remove_leftovers()
-        if released:
+        if self.step in STEPS[STEPS.index("build") :]:
             candidate = self.engine.local(f"{self.settings.image}{NIGHTLY}:candidate")
             self.engine.ask(self.engine.remove_image(candidate))
             prune.prune(

@@ -8,7 +8,9 @@ import pytest
 
 from pipeline.core.settings import Settings
 from pipeline.image.labels import BUILD_OF, owner_of
-from pipeline.release.prune import prune
+from pipeline.inputs import base
+from pipeline.inputs.rootfs import Lock
+from pipeline.release.prune import STEP, prune
 from tests.stub_engine import StubEngine
 
 
@@ -69,6 +71,37 @@ def test_prune_removes_nothing_of_another_image_or_without_a_label(engine: StubE
     before = engine.read()
     assert prune(Settings(), engine, 1) == []
     assert engine.read() == before
+
+
+def test_a_base_goes_when_no_lock_means_it_and_nothing_stands_on_it(engine: StubEngine) -> None:
+    current = base.tag_of(Lock.read(), made=True)
+    for name, identity in (
+        (current, "current"),
+        (f"{base.NAME}:made-0123456789ab", "superseded"),
+        (f"{base.NAME}:pulled-0123456789ab", "under-a-build"),
+        (f"{base.NAME}:made-ba9876543210", "in-a-container"),
+        (f"{base.NAME}:made-555555555555", "named-twice"),
+    ):
+        engine.add(name, identity, kind="", layers=[identity])
+    engine.tag("named-twice", "node:20-slim")
+    engine.add("opencode-server:latest", "build", layers=["under-a-build", "more"])
+    content = engine.read()
+    content["containers"]["c"] = "in-a-container"
+    engine.write(content)
+    assert prune(Settings(), engine, 1) == [f"{base.NAME}:made-0123456789ab"]
+    assert "superseded" not in engine.read()["images"]
+    assert len(engine.read()["images"]) == 5
+
+
+def test_a_step_of_a_failed_build_goes_and_those_of_others_stay(engine: StubEngine) -> None:
+    steps = {"ours": f"COPY dir in {STEP}", "another's": "COPY dir in /srv"}
+    for identity, command in steps.items():
+        engine.add("", identity, kind="")
+        content = engine.read()
+        content["images"][identity]["History"] = [{"created_by": command}, {}]
+        engine.write(content)
+    assert prune(Settings(), engine, 1) == ["ours"]
+    assert set(engine.read()["images"]) == {"another's"}
 
 
 @pytest.mark.parametrize("image", ["opencode-server", "opencode-server-nightly"])
