@@ -58,7 +58,7 @@ def plain_build(built: Built) -> process.Completed:
     words = ["--format", "docker"] if built.engine.podman else []
     # By its own name: tests beside this one give node:20-slim to other images.
     (base,) = re.findall(r"build: \w+, (\S+?),? ", built.said)
-    if BASE in (built.checkout.root / "Containerfile").read_text():
+    if ARG in (built.checkout.root / "Containerfile").read_text():
         words += ["--build-arg", f"BASE={base}"]
     argv = [built.engine.program, *built.engine.flags, "build", *words, *built.engine.limits]
     argv += ["--file", "Containerfile", "--tag", f"{IMAGE}-plain", "."]
@@ -66,14 +66,15 @@ def plain_build(built: Built) -> process.Completed:
 
 
 # Edits of a Containerfile. Each is small: what is compared is how the file is read.
-BASE = "ARG BASE=node:20-slim\nFROM ${BASE}\n"
+ARG, FROM = "ARG BASE=node:20-slim\n", "FROM ${BASE}\n"
+BASE = ARG + FROM
 OTHER = "FROM opencode-server-proof:1\n"
 EDITS = {
     "args before FROM": f"ARG TEAM=platform\n{BASE}ARG TEAM\nRUN echo team $TEAM > /team\n",
-    "another base": f"ARG BASE=opencode-server-proof:1\n{BASE[22:]}COPY config.json /\n",
+    "another base": f"ARG BASE=opencode-server-proof:1\n{FROM}COPY config.json /\n",
     "a base by name": f"{OTHER}COPY --chown=1000:1000 config.json /\nUSER 1000",
     "no base": "FROM scratch\nADD config.json /\nENV A='b c'\nENTRYPOINT [\"/x\"]\n",
-    "stages": f"{OTHER.strip()} AS tools\nCOPY config.json /x\n{BASE}COPY --from=tools /x /y\n",
+    "stages": f"{ARG}{OTHER.strip()} AS tools\nCOPY config.json /x\n{FROM}COPY --from=tools /x /y\n",
     "a stage after the last": f"{BASE.strip()} as server\nCOPY inv /\nfrom server AS debug\nUSER 1\n",
     "a stage beside it": f"{BASE.strip()} AS system\nFROM system AS lint\nWORKDIR /lint\n",
     "an image's file": f"{BASE}COPY --from=opencode-server-proof:1 /exit0 /exit0\n",
@@ -158,9 +159,11 @@ def test_the_context_is_what_the_engine_sees(built: Built, tmp_path: Path) -> No
             with tarfile.open(fileobj=outer.extractfile(name)) as layer:
                 seen |= {member.name for member in layer if not member.isdir()}
     archive.unlink()
-    # podman 4.3 does not look for a wildcard in a folder that another line excludes.
-    unseen = {"three/a/q", "x/keep/z"} if built.engine.podman else set()
-    assert {f"context/{path}" for path in {*files(tmp_path)} - unseen} == seen
+    ours = {f"context/{path}" for path in files(tmp_path)}
+    # podman 4.3 and docker 20.10 do not look into a folder that one line excludes for what another
+    # includes by a wildcard; BuildKit of docker 26 does.
+    assert seen <= ours
+    assert ours - seen <= {"context/three/a/q", "context/x/keep/z"}
 
 
 @pytest.mark.usefixtures("unmoved")
