@@ -2,9 +2,12 @@
 labelled.
 """
 
+import errno
 import json
+import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,11 @@ from pipeline.core.errors import (
     EngineLost,
     LockBroken,
     NothingFetched,
+    NotWritable,
     PipelineError,
     SettingRefused,
     ToolMissing,
+    named,
 )
 from pipeline.core.settings import ROOT, Settings
 from pipeline.core.state import read_jsonc
@@ -486,6 +491,19 @@ def test_nothing_is_built_of_what_is_refused_missing_or_only_asked_about(
     (tree / "config.json").write_text("{}")
     monkeypatch.setattr(openagents, "read", lambda _: None)
     with pytest.raises(NothingFetched):
+        build.build(Settings(), ENGINE)
+    assert builder.builds == []
+
+
+def test_a_read_only_checkout_is_named_before_a_tag_moves(
+    ready: Callable[..., Builder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(dir: Path) -> None:  # noqa: A002 -- as tempfile names it
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
+
+    builder = ready()
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(NotWritable, match="build: Read-only file system"), named():
         build.build(Settings(), ENGINE)
     assert builder.builds == []
 
