@@ -8,7 +8,7 @@ from invoke.tasks import task
 
 from pipeline.task_context import ENGINE, engine_of
 
-PART = "falkordb, valkey, opencode, backup or datadog"
+PART = "falkordb, valkey, opencode, gateway, backup or datadog"
 
 
 @task(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import socket
@@ -13,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from requests.auth import HTTPBasicAuth
 
 from pipeline.core.settings import ROOT
 from tests.servers import free_port, until
 
 PASSWORD = "of-the-gateway"  # noqa: S105 -- of a server that a test makes
-AUTH = HTTPBasicAuth("opencode", PASSWORD)
 UPSTREAM_PASSWORD = "of-the-upstream"  # noqa: S105 -- of a server that a test makes
 
 
@@ -28,27 +27,35 @@ class Gateway:
     """A running gateway; ``log`` is what it prints."""
 
     port: int
-    log: Path
+    log: Path = Path("/dev/null")
     scheme: str = "http"
+    password: str = PASSWORD
 
     @property
     def url(self) -> str:
         return f"{self.scheme}://127.0.0.1:{self.port}"
+
+    @property
+    def basic(self) -> str:
+        """What a client with the password sends as Authorization."""
+        return "Basic " + base64.b64encode(f"opencode:{self.password}".encode()).decode()
 
     def ask(
         self,
         path: str = "/",
         method: str = "GET",
         *,
-        auth: HTTPBasicAuth | None = AUTH,
+        anonymous: bool = False,
         data: bytes | Iterator[bytes] | None = None,
         **headers: Any,
     ) -> requests.Response:
         """Send a request; ``Sec_Fetch_Site="x"`` is the header Sec-Fetch-Site."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
+        if not anonymous:
+            named["Authorization"] = self.basic
         url = f"{self.url}{path}"
         return requests.request(
-            method, url, auth=auth, headers=named, data=data, timeout=60, allow_redirects=False
+            method, url, headers=named, data=data, timeout=60, allow_redirects=False
         )
 
     def upgrade(self, path: str, **headers: str) -> tuple[int, socket.socket]:
@@ -105,3 +112,28 @@ def gateway(upstream: int, **env: str) -> Iterator[Gateway]:
         finally:
             child.terminate()
             child.wait(30)
+
+
+def refuses_what_opencode_takes(front: Gateway) -> None:
+    """Assert what OpenCode 1.18.33 does not refuse by itself; each line fails without a gateway."""
+    status, peer = front.upgrade("/pty/pty_1/connect?ticket=x&directory=/tmp")
+    peer.close()
+    assert status == 401
+    foreign = {"Origin": "https://evil.example", "Authorization": front.basic}
+    status, peer = front.upgrade("/pty/pty_1/connect?ticket=x&directory=/tmp", **foreign)
+    peer.close()
+    assert status == 403
+    for origin, site in (
+        ("https://evil.example", "cross-site"),
+        ("http://127.0.0.1:1", "same-site"),
+    ):
+        headers: dict[str, Any] = {
+            "Origin": origin,
+            "Sec_Fetch_Site": site,
+            "Content_Type": "text/plain",
+        }
+        for path in ("/session", "/pty", "/mcp", "/instance/dispose"):
+            assert front.ask(path, "POST", data=b"{}", **headers).status_code == 403
+    assert front.ask("/config", Host="evil.example").status_code == 421
+    assert front.ask(f"/config?auth_token={front.basic[6:]}", anonymous=True).status_code == 400
+    assert front.ask("/config").status_code == 200

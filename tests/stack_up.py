@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,15 @@ from pipeline.core.settings import ROOT
 from tests.conftest import Built, Checkout, Done, Running, build_once
 from tests.servers import free_port
 
-PASSWORDS = ("OPENCODE_SERVER_PASSWORD", "FALKORDB_PASSWORD", "VALKEY_PASSWORD", "BACKUP_PASSWORD")
+PASSWORDS = (
+    "OPENCODE_SERVER_PASSWORD",
+    "FALKORDB_PASSWORD",
+    "VALKEY_PASSWORD",
+    "BACKUP_PASSWORD",
+    "GATEWAY_PASSWORD",
+    "FALKORDB_ADMIN_PASSWORD",
+    "VALKEY_ADMIN_PASSWORD",
+)
 
 
 BIN = Path(sys.executable).parent
@@ -83,11 +91,13 @@ class Up:
     name: str
     port: int
     home: Path
+    settings: dict[str, str] = field(default_factory=dict)
 
     @property
     def env(self) -> dict[str, str]:
         """What tells ``inv`` which stack is meant."""
         place = {"NAME": self.name, "PORT": str(self.port), "HOME": str(self.home)}
+        place |= self.settings
         return {f"INVOKE_STACK_{name}": value for name, value in place.items()}
 
     def inv(self, *words: str) -> Done:
@@ -143,10 +153,11 @@ class Up:
 
     def ask(self, path: str, method: str = "GET", body: object = None, timeout: float = 60) -> Any:
         """Ask the server as its user does. Raises what requests raises."""
-        auth = ("opencode", self.secrets()["OPENCODE_SERVER_PASSWORD"])
+        auth = ("opencode", self.secrets("gateway.env")["GATEWAY_PASSWORD"])
         url = f"http://127.0.0.1:{self.port}{path}"
         answer = requests.request(method, url, auth=auth, json=body, timeout=timeout)
-        assert answer.ok, answer.text
+        if not answer.ok:
+            raise requests.HTTPError(answer.text)
         return answer.json()
 
 

@@ -107,9 +107,13 @@ class Stack(_Section):
     address: str = Field("127.0.0.1", pattern=r"^[0-9.]+$")
     port: Port = 4096
     project: str = ""
+    host: str = Field("", pattern=r"^[a-z0-9.-]*$")
+    tls: Literal["none", "internal", "acme"] = "none"
+    egress: Literal["open", "none"] = "open"
     home: str = ""
     falkordb: str = ""
     valkey: str = ""
+    gateway: str = ""
     agent: str = ""
     ready_seconds: Seconds = 120
 

@@ -15,18 +15,28 @@ from pipeline.core.errors import EngineBroken, PortTaken
 from pipeline.core.settings import Settings
 from pipeline.engines.container import STATE, TAKEN
 from pipeline.engines.engine import Engine
-from pipeline.stack import databases, overrides, workspace
+from pipeline.stack import databases, gateway, overrides, workspace
 from pipeline.stack.databases import COMPOSE
-from pipeline.stack.secrets import AGENT, SERVER, SERVER_PASSWORDS, check_passwords, home, read
+from pipeline.stack.secrets import (
+    AGENT,
+    GATEWAY,
+    SERVER,
+    SERVER_PASSWORDS,
+    check_passwords,
+    home,
+    read,
+)
 from pipeline.stack.workspace import Workspace
 
 PODS = COMPOSE.with_name("compose.pods.yaml")
+CLOSED = COMPOSE.with_name("compose.closed.yaml")
 UNBOUNDED = COMPOSE.with_name("compose.unbounded.yaml")
 
 PARTS = (
     "falkordb",
     "valkey",
     "opencode",
+    "gateway",
     "backup",
     "datadog",
 )
@@ -39,6 +49,7 @@ VOLUMES = (
     "{}_valkey",
     "{}_backups",
     "{}_copies",
+    "{}_certificates",
 )
 """The names that Compose gives the volumes of compose.yaml, with {} for the name of the stack."""
 
@@ -105,8 +116,13 @@ class Project:
 
     @property
     def address(self) -> str:
-        """ADDRESS:PORT of the server."""
+        """ADDRESS:PORT of the gateway."""
         return f"{self.settings.stack.address}:{self.settings.stack.port}"
+
+    @property
+    def user(self) -> str:
+        """The user name of clients."""
+        return self.secrets[SERVER].get("OPENCODE_SERVER_USERNAME") or "opencode"
 
     @property
     def parts(self) -> list[str]:
@@ -143,6 +159,9 @@ class Project:
             "OPENCODE_ADDRESS": self.settings.stack.address,
             "OPENCODE_PORT": str(self.settings.stack.port),
             "OPENCODE_AGENT_HOST": "opencode-datadog" if "datadog" in self.images else "",
+            "GATEWAY_HOST": gateway.host(self.settings.stack),
+            "GATEWAY_TLS": self.settings.stack.tls,
+            "OPENCODE_SERVER_USERNAME": self.user,
             "COMPOSE_PROFILES": "datadog",
         }
         for part, image in self.images.items():
@@ -166,6 +185,8 @@ class Project:
             words += ["--file", str(PODS)]
         if not self.engine.bounded:
             words += ["--file", str(UNBOUNDED)]
+        if self.settings.stack.egress == "none":
+            words += ["--file", str(CLOSED)]
         words += ["--file", str(self.write_override())]
         words += ["up", "--detach", "--no-deps"]
         words += ["opencode" if part == "opencode" else f"opencode-{part}" for part in parts]
@@ -236,6 +257,11 @@ class Project:
             volumes_from=self.container("backup"),
         )
 
+    def gateway_problem(self) -> str:
+        """Return why clients do not reach the server through the gateway, or an empty string."""
+        password = self.secrets[GATEWAY].get("GATEWAY_PASSWORD", "")
+        return gateway.problem(self.settings.stack, self.user, password)
+
     def backup(
         self, *words: str, timeout: float | None = None, terminal: bool = False
     ) -> process.Completed:
@@ -279,4 +305,4 @@ def image_tag(settings: Settings) -> str:
 def other_parts(known: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Return the parts that run other images than the server's; the Agent only with a key."""
     agent = ["datadog"] if known[AGENT].get("DD_API_KEY") else []
-    return ["falkordb", "valkey", *agent]
+    return ["falkordb", "valkey", "gateway", *agent]

@@ -25,6 +25,7 @@ from pipeline.engines.engine import Engine
 from pipeline.image.tags import find, same_id, short_id
 from pipeline.stack.compose import Project, image_tag, project_of
 from pipeline.stack.lifecycle import exclusive, wait
+from pipeline.stack.secrets import check_passwords
 
 BACKUP_SECONDS = 4 * 3600
 
@@ -42,13 +43,15 @@ def upgrade(
 ) -> None:
     """Move the stack to the image ``to``, after finishing or undoing an interrupted upgrade.
 
-    Raises NoStack, NoSuchRelease; UpgradeStopped if nothing was changed; UpgradeRolledBack.
+    Raises NoStack, NoSuchRelease, SecretsRefused, UpgradeRolledBack; UpgradeStopped if nothing
+    was changed.
     """
     newer = find(settings, engine, to)
     project = project_of(settings, engine)
     if dry_run:
         log(f"upgrade: would back up, and move to {short_id(newer)}")
         return
+    check_passwords(project.secrets)
     with exclusive(settings):
         if record := pending(project):
             warn(f"an upgrade to {record['to'][:12]} was interrupted")
@@ -177,7 +180,7 @@ def restore(
 ) -> None:
     """Restore a backup, by default the newest, or its parts ``only``; this stops the server.
 
-    Raises NoStack, RestoreStopped, StackBusy, PartDown.
+    Raises NoStack, SecretsRefused, RestoreStopped, StackBusy, PartDown.
     """
     project = project_of(settings, engine)
     if not project.state("backup").running:
@@ -192,6 +195,7 @@ def restore(
         words += ["--only", only]
     if replace:
         words.append("--replace")
+    check_passwords(project.secrets)
     with exclusive(settings):
         if stops_server:
             project.remove("opencode")

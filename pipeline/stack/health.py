@@ -67,19 +67,24 @@ def check(project: Project) -> Health:
     with ThreadPoolExecutor() as pool:
         states = pool.map(project.state, parts)
         answers = pool.submit(_ask, project, "opencode", "/app/scripts/status")
+        front = pool.submit(project.gateway_problem)
         backup = pool.submit(_ask, project, "backup", "/app/scripts/backup", "status")
         memory = pool.submit(project.engine.ask, project.engine.memory(containers))
         volumes = pool.map(lambda mount: _volume(project, *mount), MOUNTS)
     lines = memory.result().stdout.splitlines()
     health = Health(
         states=dict(zip(parts, states, strict=True)),
-        answers=answers.result().get("parts", SILENT),
+        answers=answers.result().get("parts", SILENT) | {"gateway": _gateway(front.result())},
         backup=backup.result(),
         volumes=[volume for volume in volumes if volume],
         memory=dict(line.split("\t") for line in lines),
     )
     health.problems = list(problems(health))
     return health
+
+
+def _gateway(problem: str) -> dict[str, str]:
+    return {"state": "failing" if problem else "ok", "detail": problem}
 
 
 def _ask(project: Project, part: str, *command: str) -> dict[str, Any]:

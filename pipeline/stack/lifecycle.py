@@ -21,7 +21,7 @@ from pipeline.core.errors import (
 )
 from pipeline.core.settings import Settings
 from pipeline.engines.engine import Engine
-from pipeline.stack import databases, git, secrets, workspace
+from pipeline.stack import databases, gateway, git, secrets, workspace
 from pipeline.stack.compose import PARTS, Project, image_tag, other_parts, project_of
 from pipeline.stack.workspace import VOLUME
 
@@ -116,6 +116,9 @@ def _start_missing(project: Project) -> None:
     states = {part: project.state(part) for part in project.parts}
     changed = [part for part, state in states.items() if project.changed(part, state)]
     missing = [part for part in project.parts if part in changed or not states[part].running]
+    if not states["gateway"].exists:
+        # Containers of an earlier release have the port and other passwords.
+        missing = project.parts
     began = time.monotonic()
     if missing:
         project.start(*missing)
@@ -141,13 +144,20 @@ def wait(project: Project, part: str, restarts: int = 0) -> None:
             raise _part_down(project, part, f"exited with code {state.code}")
         if state.restarts > restarts:
             raise _part_down(project, part, "keeps restarting")
-        if part not in PROBES:
-            return
         with contextlib.suppress(subprocess.TimeoutExpired):
-            if project.exec(part, "sh", "-c", PROBES[part], timeout=PROBE_SECONDS).ok:
+            if _answers(project, part):
                 return
         time.sleep(0.1)
     raise _part_down(project, part, f"no answer within {seconds:g} s")
+
+
+def _answers(project: Project, part: str) -> bool:
+    """Ask a part; those without a probe only have to run. Raises subprocess.TimeoutExpired."""
+    if part == "gateway":
+        return not project.gateway_problem()
+    if part not in PROBES:
+        return True
+    return project.exec(part, "sh", "-c", PROBES[part], timeout=PROBE_SECONDS).ok
 
 
 def _part_down(project: Project, part: str, reason: str) -> PartDown:
@@ -166,10 +176,10 @@ def _part_down(project: Project, part: str, reason: str) -> PartDown:
 
 
 def _print_address(project: Project) -> None:
-    path = project.home / secrets.SERVER
-    url = f"http://{project.address}".replace("0.0.0.0", "127.0.0.1")  # noqa: S104
-    log(f"The server is at {url}. User: opencode. Password: OPENCODE_SERVER_PASSWORD in {path}.")
-    log(f"  (. {path}; export OPENCODE_SERVER_PASSWORD; opencode attach {url})")
+    path = project.home / secrets.GATEWAY
+    url = gateway.url(project.settings.stack)
+    log(f"The server is at {url}. User: {project.user}. Password: GATEWAY_PASSWORD in {path}.")
+    log(f"  (. {path}; OPENCODE_SERVER_PASSWORD=$GATEWAY_PASSWORD opencode attach {url})")
 
 
 def down(
@@ -198,7 +208,8 @@ def down(
         return
     with exclusive(settings):
         project.remove(*existing)
-        engine.ask(engine.remove_network(f"{project.name}_default"))
+        for network in ("default", "outside"):
+            engine.ask(engine.remove_network(f"{project.name}_{network}"))
         ok(f"stopped: {listed}")
         if volumes:
             _delete_volumes(project)
@@ -212,7 +223,8 @@ def _delete_volumes(project: Project) -> None:
     if existing := project.volumes():
         engine.must("volume rm", *existing)
     project.note.unlink(missing_ok=True)
-    for tag in (image_tag(project.settings), databases.used_tag(project.settings)):
+    used = {databases.used_tag(project.settings, part) for part in databases.SETTINGS}
+    for tag in (image_tag(project.settings), *used):
         engine.ask(engine.remove_image(engine.local(tag)))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.state import write_json
-from pipeline.stack.secrets import BACKUP, SERVER
+from pipeline.stack.secrets import BACKUP, GATEWAY, SERVER
 from pipeline.stack.workspace import Workspace
 
 LABEL = "opencode-server.settings"
@@ -22,15 +22,15 @@ def services(workspace: Workspace) -> dict[str, dict[str, Any]]:
     if workspace.directory:
         server["volumes"] = [f"{workspace.directory}:/workspace:z"]
     # The backup reads and writes the server's state.
-    return {"opencode": server, "backup": {"user": workspace.user}}
+    return {"opencode": server, "backup": {"user": workspace.user}, "gateway": {}}
 
 
 def digests(added: Mapping[str, Any], secrets: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     """Return for each part a digest of its settings; another one means: start it again."""
-    files = {"opencode": SERVER, "backup": BACKUP}
+    files = {"opencode": [SERVER], "backup": [BACKUP], "gateway": [SERVER, GATEWAY]}
     found = {}
-    for part, name in files.items():
-        text = json.dumps([added[part], secrets[name]], sort_keys=True)
+    for part, names in files.items():
+        text = json.dumps([added[part], *(secrets[name] for name in names)], sort_keys=True)
         found[part] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return found
 

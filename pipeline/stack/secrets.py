@@ -1,4 +1,4 @@
-"""The stack's secrets: three files of NAME=value, mode 0600, with generated passwords."""
+"""The stack's secrets: four files of NAME=value, mode 0600, with generated passwords."""
 
 from __future__ import annotations
 
@@ -12,19 +12,32 @@ from pipeline.core.errors import SecretsRefused
 from pipeline.core.settings import ROOT, Settings
 
 SERVER = "server.env"
+GATEWAY = "gateway.env"
 BACKUP = "backup.env"
 AGENT = "datadog.env"
 
 HEADERS = {
     SERVER: "# The server's variables: passwords, and API keys such as ANTHROPIC_API_KEY.",
+    GATEWAY: "# The password of clients; the server has another, which only the gateway uses.",
     BACKUP: "# The backup's variables: BACKUP_REMOTE, RCLONE_CONFIG_*. Keep a copy.",
     AGENT: "# Variables of the Datadog Agent. With DD_API_KEY set, `inv up` starts an Agent.",
 }
 
-SERVER_PASSWORDS = ("OPENCODE_SERVER_PASSWORD", "FALKORDB_PASSWORD", "VALKEY_PASSWORD")
+SERVER_PASSWORDS = (
+    "OPENCODE_SERVER_PASSWORD",
+    "FALKORDB_PASSWORD",
+    "VALKEY_PASSWORD",
+    "FALKORDB_ADMIN_PASSWORD",
+    "VALKEY_ADMIN_PASSWORD",
+)
 UNSAFE = set("\"'\\$")
 
-PASSWORDS = {SERVER: SERVER_PASSWORDS, BACKUP: ("BACKUP_PASSWORD",), AGENT: ()}
+PASSWORDS = {
+    SERVER: SERVER_PASSWORDS,
+    GATEWAY: ("GATEWAY_PASSWORD",),
+    BACKUP: ("BACKUP_PASSWORD",),
+    AGENT: (),
+}
 """The passwords that are generated, by file."""
 
 FROM_ENVIRONMENT = ("DD_API_KEY", "DD_SITE")

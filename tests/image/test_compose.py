@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from pipeline.core import process
 from pipeline.core.settings import ROOT, Settings
@@ -45,7 +46,9 @@ def test_compose_starts_it_with_the_documented_command(stack: Up, tmp_path: Path
         ]
         filled = [f"{line}of-a-test" if line.endswith("_PASSWORD=") else line for line in lines]
         (deploy / f"{name}.env").write_text("\n".join([*filled, ""]))
-    made = databases_image(stack)
+    example = (deploy / "gateway/gateway.env.example").read_text().strip()
+    (deploy / "gateway.env").write_text(f"{example}of-a-test\n")
+    made = image_of(stack, "falkordb")
     env = {
         **os.environ,
         **engine.env,
@@ -55,6 +58,7 @@ def test_compose_starts_it_with_the_documented_command(stack: Up, tmp_path: Path
     env |= {
         "FALKORDB_IMAGE": made,
         "VALKEY_IMAGE": made,
+        "GATEWAY_IMAGE": image_of(stack, "gateway"),
         "OPENCODE_IMAGE": stack.built.reference,
         "BACKUP_IMAGE": stack.built.reference,
     }
@@ -77,6 +81,9 @@ def test_compose_starts_it_with_the_documented_command(stack: Up, tmp_path: Path
         said = until(lambda: status(stack.name), "all parts answer")
         for words in ("server    ok", "password required", "falkordb  ok", "valkey    ok"):
             assert words in said
+        config = f"http://127.0.0.1:{stack.port}/config"
+        assert requests.get(config, timeout=60).status_code == 401
+        assert requests.get(config, auth=("opencode", "of-a-test"), timeout=60).ok
         assert engine.ask(
             engine.exec(f"{stack.name}-backup", "/app/scripts/backup", "run", "--create")
         ).ok
@@ -84,11 +91,11 @@ def test_compose_starts_it_with_the_documented_command(stack: Up, tmp_path: Path
         compose("down", "--volumes")
 
 
-def databases_image(stack: Up) -> str:
-    """Return the databases' image, built for the stack, which removes its tag at the end."""
+def image_of(stack: Up, part: str) -> str:
+    """Return the image of a part, built for the stack, which removes its tag at the end."""
     settings = Settings.model_validate({"stack": {"name": stack.name}})
-    databases.ensure(settings, stack.built.engine, "falkordb", stack.built.reference)
-    return databases.find(settings, stack.built.engine, "falkordb")
+    databases.ensure(settings, stack.built.engine, part, stack.built.reference)
+    return databases.find(settings, stack.built.engine, part)
 
 
 def playable(part: str, documents: list[dict[str, Any]], image: str, prefix: str) -> dict[str, Any]:
@@ -96,6 +103,9 @@ def playable(part: str, documents: list[dict[str, Any]], image: str, prefix: str
     spec = copy.deepcopy(pod_of(documents, part))
     (container,) = spec["containers"]
     variables = {name: f"{name.lower()}-of-a-test" for name in PASSWORDS[:3]}
+    for database in ("FALKORDB", "VALKEY"):
+        variables[f"{database}_USERNAME"] = "memory"
+        variables[f"{database}_MEMORY_PASSWORD"] = variables[f"{database}_PASSWORD"]
     if part == "opencode":
         variables |= named_prefix(documents, "ConfigMap", "opencode-settings")["data"]
     container.pop("envFrom", None)
@@ -116,7 +126,7 @@ def playable(part: str, documents: list[dict[str, Any]], image: str, prefix: str
 @pytest.mark.parametrize("stack", ["podman"], indirect=True)
 def test_podman_plays_what_kustomize_renders_of_a_team(stack: Up, tmp_path: Path) -> None:
     engine, network = stack.built.engine, f"{stack.name}-kube"
-    made = databases_image(stack)
+    made = image_of(stack, "falkordb")
     images = {"falkordb": made, "valkey": made, "opencode": stack.built.reference}
     documents = team(tmp_path)
     # `kube play` has no flag for ulimits.

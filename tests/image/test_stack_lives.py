@@ -12,6 +12,7 @@ import subprocess
 import pytest
 import requests
 
+from tests.gateway import Gateway, refuses_what_opencode_takes
 from tests.image.conftest import derive
 from tests.servers import until
 from tests.stack_up import PASSWORDS, Up
@@ -24,7 +25,7 @@ def test_the_stack_lives_is_closed_and_loses_nothing(stack: Up) -> None:
     assert "nothing is running" in stack.ok("down")
     with socket.create_server(("127.0.0.1", stack.port)):
         stack.inv("up").failed("PortTaken", 44, str(stack.port))
-    assert "would start falkordb, valkey, opencode, backup" in stack.ok("up", "--dry-run")
+    assert "would start falkordb, valkey, opencode, gateway, backup" in stack.ok("up", "--dry-run")
     said = stack.ok("up")
     assert f"http://127.0.0.1:{stack.port}" in said
     assert "are already running" in stack.ok("up")
@@ -32,6 +33,9 @@ def test_the_stack_lives_is_closed_and_loses_nothing(stack: Up) -> None:
     session = stack.ask("/session", "POST", {"title": "kept"})["id"]
 
     _is_closed(stack)
+    front = Gateway(stack.port, password=stack.secrets("gateway.env")["GATEWAY_PASSWORD"])
+    refuses_what_opencode_takes(front)
+    _shells_get_no_secrets(stack, front)
     until(
         lambda: json.loads(stack.inv("status", "--json").stdout)["backup"]["code"] == 0,
         "the first backup",
@@ -75,7 +79,7 @@ def test_the_stack_lives_is_closed_and_loses_nothing(stack: Up) -> None:
 
 
 def _is_closed(stack: Up) -> None:
-    for part in ("falkordb", "valkey", "opencode", "backup"):
+    for part in ("falkordb", "valkey", "opencode", "gateway", "backup"):
         seen = stack.inspect(part)
         assert seen["HostConfig"]["ReadonlyRootfs"]
         assert seen["HostConfig"]["Memory"] > 0
@@ -88,12 +92,34 @@ def _is_closed(stack: Up) -> None:
     )
     values = [
         value
-        for name in ("server.env", "backup.env")
+        for name in ("server.env", "gateway.env", "backup.env")
         for key, value in stack.secrets(name).items()
         if key in PASSWORDS
     ]
-    assert len(values) == 4
+    assert len(values) == 7
     assert not any(value in seen_in_ps for value in values)
+
+
+def _shells_get_no_secrets(stack: Up, front: Gateway) -> None:
+    command = "env; status >/dev/null; cat /proc/self/environ"
+    session = stack.ask("/session", "POST", {})["id"]
+    body = {"agent": "build", "command": command}
+    answer = json.dumps(stack.ask(f"/session/{session}/shell", "POST", body))
+    shell = {"command": "sh", "args": ["-c", f"{command}; echo the end; read line"]}
+    terminal = stack.ask("/pty", "POST", shell)["id"]
+    status, peer = front.upgrade(f"/pty/{terminal}/connect", Authorization=front.basic)
+    screen = b""
+    with peer:
+        assert status == 101
+        while b"the end" not in screen:
+            more = peer.recv(65536)
+            assert more, screen
+            screen += more
+    for output in (answer, screen.decode(errors="replace")):
+        assert "FALKORDB_HOST" in output
+        for name in ("server.env", "gateway.env", "backup.env"):
+            for secret in stack.secrets(name).values():
+                assert secret not in output
 
 
 def _restores(stack: Up, session: str) -> None:
@@ -115,6 +141,19 @@ def _restores(stack: Up, session: str) -> None:
     stack.ok("restore", "--replace")
     assert stack.ask(f"/session/{session}")["title"] == "kept"
     assert stack.valkey("GET", "key") == "value"
+
+
+def _reaches_nothing_outside(stack: Up) -> None:
+    """Assert that the server has no route to the Internet or a cloud's metadata; the backup has."""
+    script = "import socket; socket.create_connection(('169.254.169.254', 80), 5)"
+    done = stack.built.engine.ask(
+        stack.built.engine.exec(stack.container("opencode"), "python3", "-c", script)
+    )
+    assert "Network is unreachable" in done.output
+    default = "awk '$2 == \"00000000\"' /proc/net/route"
+    parts = ("falkordb", "opencode", "backup")
+    routed = [part for part in parts if stack.inside(part, "sh", "-c", default)]
+    assert routed == ["backup"]
 
 
 def killed(stack: Up, to: str, before: str) -> None:
@@ -139,7 +178,9 @@ def test_an_upgrade_moves_on_or_goes_back_with_image_and_data(stack: Up) -> None
     def image() -> str:
         return str(stack.inspect("opencode")["Image"])
 
+    stack.settings["EGRESS"] = "none"
     stack.ok("up")
+    _reaches_nothing_outside(stack)
     session, before = stack.ask("/session", "POST", {"title": "kept"})["id"], image()
     assert "already runs" in stack.ok("upgrade")
     ruin = "rm -f /root/.local/share/opencode/opencode.db*; sleep 2; exit 1"

@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import requests
 
-from tests.gateway import AUTH, PASSWORD, UPSTREAM_PASSWORD, Gateway, gateway
+from pipeline.core.settings import Stack
+from pipeline.stack import gateway as stack_gateway
+from tests.gateway import PASSWORD, UPSTREAM_PASSWORD, Gateway, gateway
 from tests.servers import free_port, until
 
 pytestmark = pytest.mark.server
@@ -152,7 +154,7 @@ def test_without_the_password_nothing_reaches_opencode(
             "//config",
             "/%2e%2e/",
         ):
-            answer = front.ask(path, method, auth=None, **headers)
+            answer = front.ask(path, method, anonymous=True, **headers)
             assert answer.status_code == 401
             assert answer.headers["WWW-Authenticate"].startswith("Basic ")
     status, peer = front.upgrade("/pty/pty_1/connect?ticket=x&directory=/tmp", **headers)
@@ -212,8 +214,8 @@ def test_pages_of_its_own_and_links_to_it_pass(front: Gateway) -> None:
 
 @pytest.mark.parametrize("query", ["auth_token=x", "a=1&auth_token=", "%61uth_token=x"])
 def test_credentials_in_the_url_are_refused(front: Gateway, reached: list[str], query: str) -> None:
-    for auth in (None, AUTH):
-        assert front.ask(f"/config?{query}", auth=auth).status_code == 400
+    for anonymous in (True, False):
+        assert front.ask(f"/config?{query}", anonymous=anonymous).status_code == 400
     assert reached == []
 
 
@@ -272,7 +274,7 @@ def test_the_log_names_requests_without_secrets(front: Gateway) -> None:
         Referer="http://localhost/?ticket=of-a-user",
     )
     wrong = base64.b64encode(b"opencode:mistyped").decode()
-    front.ask("/logged/wrong", auth=None, Authorization=f"Basic {wrong}")
+    front.ask("/logged/wrong", anonymous=True, Authorization=f"Basic {wrong}")
     until(lambda: "/logged/wrong" in front.log.read_text(), "the request is logged")
     said = front.log.read_text()
     entry = next(json.loads(line) for line in said.splitlines() if "/logged/path" in line)
@@ -285,7 +287,7 @@ def test_the_log_names_requests_without_secrets(front: Gateway) -> None:
 def test_opencode_that_does_not_answer_is_a_502_without_secrets_in_the_log() -> None:
     with gateway(free_port()) as front:
         assert front.ask("/config?ticket=of-a-user").status_code == 502
-        assert front.ask("/config", auth=None).status_code == 401
+        assert front.ask("/config", anonymous=True).status_code == 401
         said = until(
             lambda: re.search("connection refused", front.log.read_text()) and front.log.read_text()
         )
@@ -313,6 +315,37 @@ def test_tls_of_its_own_authority_is_one_setting(server: Upstream, host: str) ->
             return b""
 
         assert until(answer, "the certificate is made").startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{}, {"tls": "internal", "host": "agents.example"}, {"tls": "internal", "host": "127.0.0.1"}],
+)
+def test_the_stack_asks_through_the_published_port(
+    server: Upstream, setting: dict[str, Any]
+) -> None:
+    stack = Stack.model_validate(setting)
+    words = {"GATEWAY_HOST": stack_gateway.host(stack)}
+    if stack.tls != "none":
+        words["GATEWAY_TLS"] = stack.tls
+    with gateway(server.server_port, **words) as front:
+        stack = stack.model_copy(update={"port": front.port})
+        until(lambda: not stack_gateway.problem(stack, "opencode", PASSWORD), "it answers")
+        assert "status 401" in stack_gateway.problem(stack, "opencode", "wrong")
+    assert "does not answer" in stack_gateway.problem(stack, "opencode", PASSWORD)
+
+
+@pytest.mark.parametrize(
+    ("setting", "url"),
+    [
+        ({}, "http://127.0.0.1:4096"),
+        ({"address": "0.0.0.0", "port": 1}, "http://localhost:1"),  # noqa: S104
+        ({"address": "10.0.0.5"}, "http://10.0.0.5:4096"),
+        ({"host": "agents.example", "tls": "acme", "port": 443}, "https://agents.example:443"),
+    ],
+)
+def test_the_url_for_clients(setting: dict[str, Any], url: str) -> None:
+    assert stack_gateway.url(Stack.model_validate(setting)) == url
 
 
 def test_without_a_password_it_does_not_start(server: Upstream) -> None:

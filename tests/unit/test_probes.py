@@ -30,7 +30,11 @@ ENGINE = Engine("podman", "/p", "4.3.1")
 ALL = {probe.name: probe for probe in (*PROBES, *STARTING, *READY, *OFFLINE)}
 
 GOOD: dict[str, Any] = {
-    "/config": {**json.loads((ROOT / "config.json").read_text()), "username": "root", "agent": {}},
+    "/config": {
+        **json.loads((ROOT / "config.json").read_text()),
+        "username": "root",
+        "agent": {},
+    },
     "/global/health": {"healthy": True, "version": pinned_version()},
     "/agent": [{"name": "build", "native": True}, {"name": "openagent"}, {"name": "Coder"}],
     "/experimental/tool/ids": ["bash", "env", "gemini_edit", "gemini_generate", "task_list_all"],

@@ -29,8 +29,11 @@ SECRETS = {
         "OPENCODE_SERVER_PASSWORD": "s",
         "FALKORDB_PASSWORD": "f",
         "VALKEY_PASSWORD": "v",
+        "FALKORDB_ADMIN_PASSWORD": "fa",
+        "VALKEY_ADMIN_PASSWORD": "va",
         "MODEL_KEY": "m",
     },
+    "gateway.env": {"GATEWAY_PASSWORD": "g"},
     "backup.env": {"BACKUP_PASSWORD": "b"},
     "datadog.env": {"DD_API_KEY": "d"},
 }
@@ -123,13 +126,14 @@ def test_the_overlay_of_a_team_is_strictly_valid_kubernetes(
 def test_each_part_is_closed_and_bounded() -> None:
     for part, service in services().items():
         assert service["cap_drop"] == ["ALL"]
-        assert "cap_add" not in service
+        # The official image's program has this capability in its file, and does not start without.
+        assert service.get("cap_add", []) == (["NET_BIND_SERVICE"] if part == "gateway" else [])
         assert service["security_opt"] == ["no-new-privileges:true"]
         assert service.get("read_only", False) is (part != "datadog")
         assert service["mem_limit"]
         assert service["pids_limit"] == 1024
         # The databases are root without a capability: their fresh volumes are root's.
-        users = {"falkordb": "0:0", "valkey": "0:0", "datadog": "100"}
+        users = {"falkordb": "0:0", "valkey": "0:0", "gateway": "0:0", "datadog": "100"}
         assert service["user"] == users.get(part, "1000:1000")
     assert services()["backup"]["entrypoint"] == ["/app/scripts/backup", "schedule"]
 
@@ -142,6 +146,8 @@ def test_compose_says_what_the_manifests_say(tmp_path: Path) -> None:
         if not line.startswith("#")
     )
     for part, service in services().items():
+        if part == "gateway":
+            continue  # a cluster has an ingress controller
         pod = pod_of(documents, part)
         (container,) = pod["containers"]
         if part not in ("opencode", "backup"):  # an overlay has its own image of the server
@@ -177,28 +183,36 @@ def test_each_part_is_given_its_own_secrets_and_no_argv_shows_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, variables = create_arguments(red(tmp_path), tmp_path, monkeypatch)
+    secrets_of = {value for some in SECRETS.values() for value in some.values()}
     held = {
-        part: {name for some in SECRETS.values() for name in some if name in given}
+        part: {name: value for name, value in given.items() if value in secrets_of}
         for part, given in variables.items()
     }
     assert held == {
-        "falkordb": {"FALKORDB_PASSWORD"},
-        "valkey": {"VALKEY_PASSWORD"},
-        "opencode": set(SECRETS["server.env"]),
-        "backup": {"FALKORDB_PASSWORD", "VALKEY_PASSWORD", "BACKUP_PASSWORD"},
-        "datadog": {"DD_API_KEY"},
+        "falkordb": {"FALKORDB_PASSWORD": "fa", "FALKORDB_MEMORY_PASSWORD": "f"},
+        "valkey": {"VALKEY_PASSWORD": "va", "VALKEY_MEMORY_PASSWORD": "v"},
+        "opencode": {
+            "OPENCODE_SERVER_PASSWORD": "s",
+            "FALKORDB_PASSWORD": "f",
+            "VALKEY_PASSWORD": "v",
+            "MODEL_KEY": "m",
+        },
+        "gateway": {"OPENCODE_SERVER_PASSWORD": "s", "GATEWAY_PASSWORD": "g"},
+        "backup": {"FALKORDB_PASSWORD": "fa", "VALKEY_PASSWORD": "va", "BACKUP_PASSWORD": "b"},
+        "datadog": {"DD_API_KEY": "d"},
     }
+    assert variables["opencode"]["FALKORDB_USERNAME"] == "memory"
     assert variables["opencode"]["FALKORDB_HOST"] == "opencode-falkordb"
     assert variables["opencode"]["DD_AGENT_HOST"] == "opencode-datadog"
     assert all("-e" not in each for each in words.values())
 
 
-def test_only_the_server_is_published_and_on_loopback(
+def test_only_the_gateway_is_published_and_on_loopback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, _ = create_arguments(red(tmp_path), tmp_path, monkeypatch)
     published = {part: each[each.index("-p") + 1] for part, each in words.items() if "-p" in each}
-    assert published == {"opencode": "127.0.0.1:5000:4096"}
+    assert published == {"gateway": "127.0.0.1:5000:4096"}
     assert {part: each[-1] for part, each in words.items()}["opencode"] == "localhost/opencode:1"
     names = {part: next(w for w in each if w.startswith("--name=")) for part, each in words.items()}
     assert {part: f"--name={red(tmp_path).container(part)}" for part in PARTS} == names
@@ -239,12 +253,17 @@ def podman_result(stdout: str, *, ok: bool) -> Any:
         ("red_state", True, ["compose.yaml"]),
         ("state-red-0\nother", True, ["compose.yaml", "compose.pods.yaml"]),
         ("state-blue-0", False, ["compose.yaml", "compose.unbounded.yaml"]),
+        ("red_state", True, ["compose.yaml", "compose.closed.yaml"]),
     ],
 )
 def test_which_files_are_used(tmp_path: Path, volumes: str, bounded: Any, files: list[str]) -> None:
     engine = Recorder("podman", "/p", "5.0", bounded=bounded)
     Recorder.volumes, Recorder.commands = volumes, []
-    red(tmp_path, engine).start("valkey", "opencode")
+    stack = red(tmp_path, engine)
+    if "compose.closed.yaml" in files:
+        closed = stack.settings.stack.model_copy(update={"egress": "none"})
+        stack = replace(stack, settings=stack.settings.model_copy(update={"stack": closed}))
+    stack.start("valkey", "opencode")
     argv = Recorder.commands[-1]
     given = [Path(argv[at + 1]).name for at, word in enumerate(argv) if word == "--file"]
     assert given == [*files, "compose.json"]
@@ -263,10 +282,10 @@ def test_a_stack_of_pods_keeps_its_volumes_and_who_owns_them() -> None:
 
 def test_secrets_are_made_once_and_for_their_owner_alone(tmp_path: Path) -> None:
     home = tmp_path / "red"
-    assert secrets.ensure(home, {}) == ["server.env", "backup.env", "datadog.env"]
+    assert secrets.ensure(home, {}) == ["server.env", "gateway.env", "backup.env", "datadog.env"]
     first = secrets.read(home)
     assert {path.stat().st_mode & 0o777 for path in home.iterdir()} == {0o600}
-    assert len({value for some in first.values() for value in some.values()}) == 4
+    assert len({value for some in first.values() for value in some.values()}) == 7
     assert secrets.ensure(home, {}) == []
     assert secrets.ensure(home, {"DD_API_KEY": "k", "DD_SITE": ""}) == ["datadog.env"]
     assert secrets.ensure(home, {"DD_API_KEY": "another"}) == []
@@ -336,3 +355,18 @@ def test_what_is_wrong_is_said_in_a_sentence_each() -> None:
     }
     (recent,) = health.problems(Health(again, {}, {"code": 0}, volumes[1:]))
     assert recent.startswith("opencode has restarted 2 times")
+
+
+def test_no_pod_reaches_metadata_or_private_addresses_but_for_traces(tmp_path: Path) -> None:
+    policies = [each for each in team(tmp_path) if each["kind"] == "NetworkPolicy"]
+    agent = {4318, 8125, 8126}
+    checked = 0
+    for policy in policies:
+        for rule in policy["spec"].get("egress") or []:
+            blocks = [peer["ipBlock"] for peer in rule["to"] if "ipBlock" in peer]
+            everywhere = [block for block in blocks if block["cidr"] == "0.0.0.0/0"]
+            ports = {port["port"] for port in rule.get("ports", [])}
+            if everywhere and ports != agent:
+                checked += 1
+                assert {"10.0.0.0/8", "169.254.0.0/16"} <= set(everywhere[0]["except"])
+    assert checked == 2
