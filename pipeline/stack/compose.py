@@ -162,6 +162,7 @@ class Project:
             "GATEWAY_HOST": gateway.host(self.settings.stack),
             "GATEWAY_TLS": self.settings.stack.tls,
             "OPENCODE_SERVER_USERNAME": self.user,
+            "OPENCODE_LOG_DRIVER": "k8s-file" if self.engine.podman else "json-file",
             "COMPOSE_PROFILES": "datadog",
         }
         for part, image in self.images.items():

@@ -132,6 +132,7 @@ def test_each_part_is_closed_and_bounded() -> None:
         assert service.get("read_only", False) is (part != "datadog")
         assert service["mem_limit"]
         assert service["pids_limit"] == 1024
+        assert service["logging"]["options"] == {"max-size": "10m", "max-file": "3"}
         # The databases are root without a capability: their fresh volumes are root's.
         users = {"falkordb": "0:0", "valkey": "0:0", "gateway": "0:0", "datadog": "100"}
         assert service["user"] == users.get(part, "1000:1000")
@@ -205,6 +206,7 @@ def test_each_part_is_given_its_own_secrets_and_no_argv_shows_them(
     assert variables["opencode"]["FALKORDB_HOST"] == "opencode-falkordb"
     assert variables["opencode"]["DD_AGENT_HOST"] == "opencode-datadog"
     assert all("-e" not in each for each in words.values())
+    assert all("--log-opt=max-size=10m" in each for each in words.values())
 
 
 def test_only_the_gateway_is_published_and_on_loopback(
