@@ -79,7 +79,8 @@ def build(
     source = f"{fetched.kind} {fetched.commit[:12]}"
     reference = found.reference if found else own_base
     log(f"build: {engine.name}, {reference}, {source}, {certificates} extra CAs")
-    values = labels.labels(settings.image, found, fetched, edited=tree != fetched.tree)
+    edited = tree != fetched.tree
+    values = labels.labels(settings.image, found, fetched, edited=edited, own_base=own_base)
     began = time.monotonic()
     _run(engine, tag, found, f"{text}\n{labels.instruction(values)}", cache=cache)
     seconds = time.monotonic() - began

@@ -27,9 +27,11 @@ def labels(
     fetched: Record,
     *,
     edited: bool,
+    own_base: str = "",
 ) -> dict[str, str]:
     """Return the labels of a build of ``image``, a name without a tag.
 
+    Without a ``base`` it is ``own_base``, the one that the Containerfile names.
     ``edited`` marks the commit of OpenAgents: the files are not those of the commit.
     """
     revision = _git("rev-parse", "HEAD")
@@ -40,7 +42,7 @@ def labels(
         BUILD_OF: owner_of(image),
         f"{OCI}.title": "opencode-server",
         f"{OCI}.source": source or "unknown",
-        f"{OCI}.base.name": base.name if base else "unknown",
+        f"{OCI}.base.name": base.name if base else own_base,
         f"{OCI}.base.digest": (base.digest or f"sha256:{base.image_id}") if base else "unknown",
         f"{OURS}.kind": fetched.kind,
         f"{OURS}.source": without_credentials(fetched.url),

@@ -461,6 +461,17 @@ def test_the_containerfile_is_built_as_it_is_with_labels(
     assert "750.0 MB  in" in capsys.readouterr().out
 
 
+def test_a_base_that_the_containerfile_names_is_used_and_is_in_the_label(
+    ready: Callable[..., Builder], tree: Path
+) -> None:
+    builder = ready()
+    (tree / "Containerfile").write_text("ARG BASE=node:22-slim\nFROM ${BASE}\n")
+    build.build(Settings(), ENGINE)
+    [argv] = builder.builds
+    assert "--build-arg" not in argv
+    assert 'image.base.name="node:22-slim"' in builder.texts[0]
+
+
 def test_an_image_that_a_builder_elsewhere_keeps_is_not_taken_for_built(
     ready: Callable[..., Builder], tree: Path
 ) -> None:
