@@ -87,12 +87,7 @@ class Wanted:
     def record(self) -> Record:
         """The record of this source, without the credentials of its URL."""
         url = console.without_credentials(self.url)
-        return Record(
-            kind="openagents",
-            url=url,
-            ref=self.ref,
-            commit=self.commit,
-        )
+        return Record(kind="openagents", url=url, ref=self.ref, commit=self.commit)
 
 
 def read(vendor: Path = VENDOR) -> Record | None:
@@ -107,11 +102,7 @@ def read(vendor: Path = VENDOR) -> Record | None:
     try:
         record = Record.model_validate_json((place / RECORD).read_bytes())
     except (OSError, ValidationError) as error:
-        raise NothingFetched(
-            f"{place} has no valid {RECORD}",
-            remedy,
-            str(error),
-        ) from error
+        raise NothingFetched(f"{place} has no valid {RECORD}", remedy, str(error)) from error
     if not _has_agents(place):
         raise NothingFetched(f"{place} is incomplete: no agents in .opencode/", remedy)
     return record
@@ -195,11 +186,7 @@ def wanted(settings: Settings, *, ref: str = "", url: str = "", latest: bool = F
         pinned = Wanted(**json.loads(PIN.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         remedy = "Restore it: git checkout locks/openagents.json"
-        raise LockBroken(
-            f"{PIN} has no url, ref and commit",
-            remedy,
-            str(error),
-        ) from error
+        raise LockBroken(f"{PIN} has no url, ref and commit", remedy, str(error)) from error
     url = address(url or settings.openagents.url or pinned.url)
     ref = ref or settings.openagents.ref
     if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", ref):
@@ -265,22 +252,12 @@ def _kept(want: Wanted, vendor: Path, *, force: bool) -> Record | None:
 def _copy_starter(version: str, tree: Path) -> Record:
     shutil.rmtree(tree, ignore_errors=True)  # remains of the failed fetch
     shutil.copytree(STARTER, tree, symlinks=True)
-    record = Record(
-        kind="starter",
-        url="vendor/starter",
-        ref=version,
-        commit="starter",
-    )
+    record = Record(kind="starter", url="vendor/starter", ref=version, commit="starter")
     return _sealed(tree, record)
 
 
 def _kept_or_cloned(
-    settings: Settings,
-    want: Wanted,
-    vendor: Path,
-    tree: Path,
-    *,
-    force: bool,
+    settings: Settings, want: Wanted, vendor: Path, tree: Path, *, force: bool
 ) -> Record:
     """Return the record of the current tree if it is ``want``; otherwise clone it into ``tree``.
 
@@ -406,10 +383,6 @@ def _locked(vendor: Path) -> Iterator[Path]:
     except (OSError, GitError) as error:
         if re.search(git.DISK_FULL, str(error)):
             remedy = "Free up space there, then run: inv fetch"
-            raise DiskFull(
-                f"no space left in {vendor}",
-                remedy,
-                str(error),
-            ) from error
+            raise DiskFull(f"no space left in {vendor}", remedy, str(error)) from error
         remedy = f"Make {vendor} writable for this user, then run: inv fetch"
         raise VendorUnusable(f"{vendor} cannot be written: {error}", remedy) from error
