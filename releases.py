@@ -124,18 +124,29 @@ def prune(
         )
 
 
-@task(help={"to": "REGISTRY/REPOSITORY", "image": "an image instead of latest", **ENGINE})
+@task(
+    help={
+        "to": "REGISTRY/REPOSITORY",
+        "image": "an image instead of latest",
+        "digests": "pushed before, with commas: join them as REGISTRY/REPOSITORY:TAG",
+        **ENGINE,
+    }
+)
 def push(
     context: Context,
     to: str,
     image: str = "latest",
+    digests: str = "",
     engine: str = "",
     dry_run: bool = False,
 ) -> None:
-    """Push latest to a registry, and print the digest for inv pull."""
+    """Push latest to a registry, or join pushed digests; print the digest for inv pull."""
     from pipeline.release import registry
 
     with engine_of(context, engine) as (settings, found):
+        if digests:
+            registry.push_index(settings, found, to, digests.split(","), dry_run=dry_run)
+            return
         registry.push(
             settings,
             found,

@@ -321,13 +321,37 @@ class Commands:
         """
         return self.argv("manifest inspect", reference)
 
+    def index(self, target: str, images: Sequence[str]) -> list[list[str]]:
+        """Join images of a registry, one of each platform, under the name ``target`` there.
+
+        podman manifest create TARGET, add TARGET docker://IMAGE, push --all TARGET docker://TARGET
+        docker manifest create TARGET IMAGES, push TARGET
+
+        The push prints the digest as ``push`` does. ``manifest rm TARGET`` removes the local copy.
+        """
+        if self.podman:
+            # podman 4.3 ignores --tls-verify of a create that names images.
+            plain = self._plain_http(target)
+            add = self.argv("manifest add", *plain, target)
+            words = [*plain, target, f"docker://{target}"]
+            return [
+                self.argv("manifest create", target),
+                *([*add, f"docker://{image}"] for image in images),
+                # Without --format: that would change the images, and so their digests.
+                self.argv("manifest push", *words, all=True, digestfile="/dev/stdout"),
+            ]
+        insecure = _on_loopback(target)
+        return [
+            self.argv("manifest create", target, *images, insecure=insecure),
+            self.argv("manifest push", target, insecure=insecure),
+        ]
+
     def _plain_http(self, reference: str) -> list[str]:
         """Allow plain HTTP to a registry on loopback, as docker does by itself.
 
         Registries on loopback are for tests and local mirrors; they rarely have a certificate.
         """
-        local = reference.startswith(("127.0.0.1:", "localhost:"))
-        return ["--tls-verify=false"] if local and self.podman else []
+        return ["--tls-verify=false"] if _on_loopback(reference) and self.podman else []
 
     def compose(
         self,
@@ -353,6 +377,10 @@ class Commands:
             argv.append(f"--podman-args={shlex.join(self.flags)}")
             argv.append(f"--podman-run-args={shlex.join(self.limits)}")
         return [*argv, *words]
+
+
+def _on_loopback(reference: str) -> bool:
+    return reference.startswith(("127.0.0.1:", "localhost:"))
 
 
 def _words(options: Mapping[str, Option]) -> list[str]:

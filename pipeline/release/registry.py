@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 
 from pipeline.core import process
 from pipeline.core.console import log, ok
@@ -20,13 +21,15 @@ from pipeline.release import history
 TRANSFER_SECONDS = 1800
 """How long one attempt to push or pull a whole image may take."""
 
+DIGEST = "sha256:[0-9a-f]{64}"
+
 DENIED = re.compile(
     "unauthorized|authentication required|denied|no basic auth|username",
     re.IGNORECASE,
 )
 """How engines report that a registry requires a login."""
 
-MISSING = re.compile("manifest unknown|name unknown|not found", re.IGNORECASE)
+MISSING = re.compile("manifest unknown|no such manifest|name unknown|not found", re.IGNORECASE)
 
 
 def push(
@@ -52,20 +55,53 @@ def push(
         done = _transfer(settings, engine, engine.push(target))
     finally:
         engine.ask(engine.remove_image(target))
-    digests = re.findall("sha256:[0-9a-f]{64}", done.stdout)
+    return _pushed(repository, tag, done, image=image["Id"])
+
+
+def push_index(
+    settings: Settings,
+    engine: Engine,
+    target: str,
+    digests: Sequence[str],
+    *,
+    dry_run: bool = False,
+) -> str:
+    """Push an index of images of several platforms, which ``digests`` name in its repository.
+
+    ``target`` is REGISTRY/REPOSITORY:TAG. Returns REPOSITORY@sha256:DIGEST.
+    Raises NotPinned, RegistryRefused, RegistryUnreachable.
+    """
+    repository, colon, tag = target.rpartition(":")
+    if not colon or "/" in tag:
+        raise NotPinned(f"{target} has no tag", "Use --to REGISTRY/REPOSITORY:TAG.")
+    images = [f"{repository}@{digest}" for digest in digests]
+    for image in images:
+        _require_digest(image)
+    if dry_run:
+        log(f"push: would make {target} of {', '.join(images)}")
+        return ""
+    try:
+        for argv in engine.index(target, images):
+            done = _transfer(settings, engine, argv)
+    finally:
+        engine.ask(engine.argv("manifest rm", target))
+    return _pushed(repository, tag, done)
+
+
+def _pushed(
+    repository: str,
+    tag: str,
+    done: process.Completed,
+    **details: str,
+) -> str:
+    """Record a push and return the image by the digest that the engine printed."""
+    digests = re.findall(DIGEST, done.stdout)
     if not digests:
-        what = f"{engine.name} pushed {target} without printing its digest"
+        what = f"{done.argv[0]} pushed {repository}:{tag} without printing its digest"
         raise RegistryRefused(what, "Repeat the push.", done.output)
     pinned = f"{repository}@{digests[-1]}"
-    ok(f"pushed {target}; to use it on another machine: inv pull --image {pinned} promote")
-    history.append(
-        {
-            "kind": "push",
-            "image": image["Id"],
-            "to": pinned,
-            "tag": tag,
-        }
-    )
+    ok(f"pushed {tag}; to use it on another machine: inv pull --image {pinned} promote")
+    history.append({"kind": "push", "to": pinned, "tag": tag, **details})
     return pinned
 
 
@@ -80,11 +116,7 @@ def pull(
 
     Raises NotPinned, NoSuchRelease, RegistryRefused, RegistryUnreachable.
     """
-    if not re.search("@sha256:[0-9a-f]{64}$", pinned):
-        raise NotPinned(
-            f"{pinned} is not pinned by digest",
-            "Use REPOSITORY@sha256:DIGEST, as printed by inv push.",
-        )
+    _require_digest(pinned)
     candidate = f"{settings.image}:candidate"
     if dry_run:
         log(f"pull: would pull {pinned} and tag it {candidate}")
@@ -93,6 +125,14 @@ def pull(
     image = tags.find(settings, engine, pinned)
     engine.tag(image["Id"], candidate)
     ok(f"{candidate} is now {tags.short_id(image)}, pulled from {pinned}")
+
+
+def _require_digest(image: str) -> None:
+    if not re.search(f"@{DIGEST}$", image):
+        raise NotPinned(
+            f"{image} is not pinned by digest",
+            "Use REPOSITORY@sha256:DIGEST, as printed by inv push.",
+        )
 
 
 def _transfer(

@@ -14,6 +14,7 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,46 @@ def test_what_is_pushed_is_pulled_by_its_digest_and_promoted_elsewhere(
         next(tag for tag in tags if DATED.fullmatch(tag)),
     }
     assert all(same_id(each, identity) for each in tags.values()), "the same image, to the bit"
+
+
+@pytest.mark.engine
+def test_digests_of_two_platforms_become_one_index(engine: Engine, tmp_path: Path) -> None:
+    digests = []
+    with served(tmp_path) as host:
+        repository = f"{host}/team/opencode"
+        for architecture in ("amd64", "arm64"):
+            forget(engine)
+            imported(replace(engine, platform=f"linux/{architecture}"), tmp_path, "a" * 40)
+            pinned = registry.push(SETTINGS, engine, repository)
+            digests.append(pinned.partition("@")[2])
+        for _ in range(2):  # what the first left would be in the way of the second
+            index = registry.push_index(SETTINGS, engine, f"{repository}:1.0", digests)
+        assert index.startswith(f"{repository}@sha256:")
+        kinds = (
+            "application/vnd.docker.distribution.manifest.list.v2+json, "
+            "application/vnd.oci.image.index.v1+json"
+        )
+        answer = requests.get(
+            f"http://{host}/v2/team/opencode/manifests/1.0", headers={"Accept": kinds}, timeout=5
+        )
+        assert answer.headers["Docker-Content-Digest"] == index.partition("@")[2]
+        found = [
+            (each["platform"]["architecture"], each["digest"])
+            for each in answer.json()["manifests"]
+        ]
+        if engine.podman:  # docker 20.10 imports for its own architecture only
+            assert sorted(found) == list(zip(("amd64", "arm64"), digests, strict=True))
+        assert {digest for _, digest in found} == set(digests)
+        with pytest.raises(NotPinned, match="has no tag"):
+            registry.push_index(SETTINGS, engine, repository, digests)
+        with pytest.raises(NotPinned, match="not pinned by digest"):
+            registry.push_index(SETTINGS, engine, f"{repository}:1.0", ["1.0"])
+        with pytest.raises(RegistryRefused, match="does not have the image"):
+            registry.push_index(SETTINGS, engine, f"{repository}:1.0", ["sha256:" + "1" * 64])
+        forget(engine)
+        registry.pull(SETTINGS, engine, index)
+        image = find(SETTINGS, engine, "candidate")
+        assert image["Architecture"] == {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
 
 
 @pytest.mark.engine

@@ -181,6 +181,19 @@ def test_the_commands_in_which_the_two_differ() -> None:
     assert line(plain.pull("localhost:5000/n")) == (
         "/p pull --tls-verify=false docker://localhost:5000/n"
     )
+    assert [line(each) for each in plain.index("localhost:5000/n:1", ["localhost:5000/n@a"])] == [
+        "/p manifest create localhost:5000/n:1",
+        "/p manifest add --tls-verify=false localhost:5000/n:1 docker://localhost:5000/n@a",
+        (
+            "/p manifest push --all --digestfile /dev/stdout --tls-verify=false"
+            " localhost:5000/n:1 docker://localhost:5000/n:1"
+        ),
+    ]
+    assert [line(each) for each in DOCKER.index("r.io/n:1", ["r.io/n@a", "r.io/n@b"])] == [
+        "/d manifest create r.io/n:1 r.io/n@a r.io/n@b",
+        "/d manifest push r.io/n:1",
+    ]
+    assert "--insecure" in DOCKER.index("127.0.0.1:5000/n:1", [])[1]
     assert line(DOCKER.pull("127.0.0.1:5000/n")) == "/d pull 127.0.0.1:5000/n"
     assert line(plain.push("127.0.0.1:5000/n:1")) == (
         "/p push --digestfile /dev/stdout --tls-verify=false 127.0.0.1:5000/n:1"
