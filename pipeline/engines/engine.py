@@ -157,6 +157,33 @@ class Engine(Commands):
             raise DiskFull(what, "Free up space: inv prune, then inv doctor.", done.output)
         raise EngineBroken(what, "Check the engine: inv doctor.", done.output)
 
+    def prune_build_cache(self, mark: str) -> None:
+        """Remove what BuildKit keeps of steps whose command has ``mark``, and of those around them.
+
+        What an image still shares stays. The copies of build contexts go too, those of others
+        included: they have no name, and the next build sends its context again.
+        podman's cache is its images.
+        """
+        if not self.buildkit:
+            return
+        listed = self.ask(self.argv("system df", verbose=True, format="{{json .BuildCache}}"))
+        records = json.loads(listed.stdout) if listed.ok else []
+        records.sort(key=lambda record: str(record["CreatedAt"]))
+        ours: set[str] = set()
+        for record in records:
+            if mark in record["Description"] or ours.intersection(record["Parent"].split(", ")):
+                ours.add(record["ID"])
+        filters = []
+        # A step stays while a later one stands on it: the latest goes first. "from local" is a
+        # base; without its image, and without a step on it, it only takes up space.
+        for record in reversed(records):
+            if record["ID"] in ours or record["Description"].startswith("from local"):
+                ours.update(record["Parent"].split(", "))
+                if record["Shared"] == "false":
+                    filters.append(f"id={record['ID']}")
+        for one in [*filters, "type=source.local"]:
+            self.ask(self.argv("builder prune", force=True, filter=one))
+
     def remove_working_containers(
         self,
         since: float,

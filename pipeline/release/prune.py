@@ -29,29 +29,31 @@ def prune(
     last steps of podman's failed builds by their history. An image stays when it has any other
     name, or a container, running or not. Returns the names and IDs that were removed.
     """
-    images, names = _images(engine)
     prefix = re.escape(engine.local(f"{settings.image}:x")[:-1])
     dated = re.compile(prefix + DATED.pattern)
+    images, names = _images(engine)
+    in_use = engine.images_in_use()
     builds = [each for each in names if any(map(dated.fullmatch, names[each]))]
     builds.sort(key=lambda each: str(images[each]["Created"]), reverse=True)
-    bases = _old_bases(engine, images, names)
-    in_use = engine.images_in_use()
-    obsolete: list[str] = []
-    for each in sorted({*builds[keep:], *bases} - in_use):
-        if each in bases or all(map(dated.fullmatch, names[each])):
-            obsolete += sorted(names[each])
-    _remove(engine, obsolete, dry_run=dry_run)
+    removed: list[str] = []
+    for each in builds[keep:]:
+        if each not in in_use and all(map(dated.fullmatch, names[each])):
+            removed += _remove(engine, names[each], dry_run=dry_run)
 
-    # Only now: what has lost its names may be here still, by the digest of a registry.
+    images, names = _images(engine)
+    bases = set(_old_bases(engine, images, names)) - in_use
+    for each in sorted(bases):
+        removed += _remove(engine, names[each], dry_run=dry_run)
+
+    # Only now: a base that has lost its name may be here still, by the digest of a registry.
     images, names = _images(engine)
     owner = owner_of(settings.image)
-    nameless = [
-        each
-        for each in sorted(images.keys() - names.keys() - in_use)
-        if each in bases or _owner(images[each], owner) == owner
-    ]
-    _remove(engine, nameless, dry_run=dry_run)
-    return obsolete + nameless
+    for each in sorted(images.keys() - names.keys() - in_use):
+        if each in bases or _owner(images[each], owner) == owner:
+            removed += _remove(engine, [each], dry_run=dry_run)
+    if not dry_run:
+        engine.prune_build_cache(STEP)
+    return removed
 
 
 def _images(engine: Engine) -> tuple[dict[str, Inspection], dict[str, list[str]]]:
@@ -87,8 +89,9 @@ def _owner(image: Inspection, owner: str) -> str:
     return label(image, BUILD_OF) or (owner if steps else "")
 
 
-def _remove(engine: Engine, names: list[str], *, dry_run: bool) -> None:
+def _remove(engine: Engine, names: list[str], *, dry_run: bool) -> list[str]:
     for name in names:
         log(f"prune: {'would remove' if dry_run else 'removing'} {name}")
         if not dry_run:
             engine.ask(engine.remove_image(name))
+    return names
