@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-READY_SECONDS = 20.0
+READY_SECONDS = 60.0
 PATIENCE = 60.0
 
 
