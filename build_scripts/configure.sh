@@ -10,3 +10,8 @@ printf '[safe]\n\tdirectory = *\n[credential]\n\thelper = /app/scripts/git-crede
 cat >/etc/profile.d/opencode-server.sh <<'END'
 PATH=/app/scripts:/opt/venv/bin:$PATH
 END
+
+# Names of users that are known at run time only: scripts/opencode writes the file.
+sed --in-place --regexp-extended 's/^(passwd|group):.*/& extrausers/' /etc/nsswitch.conf
+rm -rf /var/lib/extrausers
+ln -s /tmp/extrausers /var/lib/extrausers

@@ -35,6 +35,7 @@ FOR_TESTS = {
     "iptables": "iptables",
     "ip": "iproute2",
     "openssl": "openssl",
+    "sshd": "openssh-server",
     "rclone": "rclone",
     "redis-cli": "redis-tools",
     "cron": "cron",

@@ -111,5 +111,5 @@ def test_a_state_of_another_user_is_an_error_with_the_command_that_helps(built: 
     argv = built.engine.run(image, rm=True, user="4321:4321", tmpfs=["/tmp:exec", state])
     done = built.engine.ask(argv, timeout=60)
     assert done.code == 1
-    assert "permission denied for UID 4321" in done.output
+    assert "Permission denied for UID 4321" in done.output
     assert "chown" in done.output

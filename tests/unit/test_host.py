@@ -181,8 +181,8 @@ def test_what_the_tests_need_is_what_is_missing(machine: Machine) -> None:
     machine.program("dockerd")
     machine.program("openssl")
     assert setup.missing(engine=True, tests=False) == []
-    tools = ["docker-compose", "docker-registry", "iptables", "iproute2", "rclone", "redis-tools"]
-    tools += ["cron", "faketime", "apache2-utils", "caddy", "systemd"]
+    tools = ["docker-compose", "docker-registry", "iptables", "iproute2", "openssh-server"]
+    tools += ["rclone", "redis-tools", "cron", "faketime", "apache2-utils", "caddy", "systemd"]
     assert setup.missing(engine=True, tests=True) == tools
 
 
