@@ -45,12 +45,9 @@ for directory in /root/.config/opencode /opt/openagents/.opencode; do
 done
 
 # OpenCode's embedded npm reads this file, and no other npm does. For a directory with an .opencode of its own it installs the
-# plugin package before the first answer; without a network, npm's own retries take 80 s. The copy below is found instead.
+# plugin package before the first answer; without a network, npm's own retries take 80 s. scripts/plugins/plugin_package.js copies it instead.
 mkdir -p /usr/local/lib/node_modules/opencode-ai/etc
 printf 'fetch-retries=0\n' >/usr/local/lib/node_modules/opencode-ai/etc/npmrc
-
-# A tool or plugin of a project resolves its imports upwards from /workspace: here it finds the same packages.
-ln -s "$lib/node_modules" /node_modules
 
 cd /
 rm -rf /root/.npm /root/.local/state /root/.cache

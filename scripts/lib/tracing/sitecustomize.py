@@ -39,6 +39,10 @@ def _start() -> None:
     if found is None or found.loader is None:
         return
     if _agent_answers():
+        import logging
+
+        # It warns of command lines from which it cannot guess the service, such as -m venv .venv.
+        logging.getLogger("ddtrace.internal.settings").setLevel(logging.ERROR)
         import ddtrace.auto  # noqa: F401 -- the import starts tracing
     else:
         for name in (
