@@ -236,7 +236,9 @@ def doctor(context: Context, engine: str = "") -> None:
         doctor.doctor(settings)
 
 
-@task(help={"only": "list, cold (with sizes and rebuilds), start, backup or memory", **ENGINE})
+@task(
+    help={"only": "list, cold (with sizes and rebuilds), start, night, backup or memory", **ENGINE}
+)
 def bench(
     context: Context,
     only: str = "",

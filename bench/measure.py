@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from bench import backup, image, memory
+from bench import backup, image, memory, night
 from bench.ratio import Ratio
 from pipeline.core.clock import now
 from pipeline.core.console import log, table
@@ -17,6 +17,7 @@ NAMES = (
     "list",
     "cold",
     "start",
+    "night",
     "backup",
     "memory",
 )
@@ -77,6 +78,8 @@ def _measure(name: str, settings: Settings, engine: Engine) -> list[Ratio]:
         return backup.bench()
     if name == "memory":
         return memory.bench()
+    if name == "night":
+        return night.bench(settings, engine)
     if name == "list":
         return image.bench_list(settings, engine)
     if name == "cold":

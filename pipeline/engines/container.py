@@ -10,7 +10,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -166,18 +166,6 @@ class Container:
         what = f"the server did not answer within {seconds:g} s without a network"
         raise ServerSilent(what, "Raise smoke.ready_seconds if it is slow.", self.logs())
 
-    def restart(self, seconds: float) -> Server:
-        """Stop and start it: only its volumes are kept. Raises as ``wait_ready``, EngineBroken.
-
-        The engine may publish it on another port afterwards, so the returned server is a new one.
-        """
-        self.engine.must("stop", self.name)
-        self.engine.must("start", self.name)
-        self.began = time.monotonic()
-        self.server = replace(self.server, url=self.published())
-        self.wait_ready(seconds)
-        return self.server
-
     def published(self) -> str:
         """Return the URL on loopback that the engine published its port on. Raises ServerDied.
 
@@ -261,12 +249,14 @@ def running(
     network: str = "",
     password: str = "",
     env: Sequence[str] = (),
+    volumes_from: str = "",
     timeout: float = 5.0,
 ) -> Iterator[Container]:
     """Start a hardened container of ``image``; remove it and its volumes at the end in any case.
 
     It is published on 127.0.0.1 on ``port``, or on a free port with 0; with a ``network`` such as
-    none it is not published. Raises PortTaken, ServerDied, EngineBroken.
+    none it is not published. It has volumes of its own, or those of the container
+    ``volumes_from``. Raises PortTaken, ServerDied, EngineBroken.
     """
     name = f"{PREFIX}-{os.getpid()}-{secrets.token_hex(3)}"
     container = Container(engine, name, time.monotonic())
@@ -278,7 +268,8 @@ def running(
         publish="" if network else f"127.0.0.1:{port or ''}:{PORT}",
         network=network,
         label=f"{PREFIX}={_here()}",
-        volume=[STATE, WORK],
+        volume=[] if volumes_from else [STATE, WORK],
+        volumes_from=volumes_from,
     )
     try:
         done = engine.ask(argv, timeout=120, env={SECRET: password} if password else None)

@@ -185,9 +185,11 @@ class _Update:
     def base(self) -> Files:
         """Update the packages for a local build by npm, and the tag's digest by a registry."""
         lock = self.read("base.json")
-        for update in (self.base_packages, self.base_digest):
+        with ThreadPoolExecutor() as pool:
+            updates = [pool.submit(self.base_packages), pool.submit(self.base_digest)]
+        for update in updates:
             try:
-                lock |= update()
+                lock |= update.result()
             except PipelineError as failure:
                 self.result.kept["base"] = failure.what
         return {"base.json": _json(lock)}

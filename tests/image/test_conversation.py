@@ -100,7 +100,7 @@ def test_each_deep_probe_sees_what_it_is_there_for(built: Built) -> None:
         "agent": "no agent of OpenAgents can be chosen",
         "command": "ValueError",
         "tracing": "no spans of the server or of Python: ",
-        "restart": "returned 404",
+        "restart": "error: 404",
     }
     assert {
         name: words for name, words in sentences.items() if words not in failed.get(name, "")
