@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import importlib
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
 from lib.common.databases import Database
-from lib.memory.settings import Rejected, Unavailable
+from lib.memory.settings import Lost, Rejected, Unavailable
 
 PRODUCTS = {"FALKORDB": "FalkorDB", "VALKEY": "Valkey"}
 
@@ -35,7 +36,12 @@ class Connection:
             yield self._client
         except (ConnectionError, TimeoutError, OSError) as error:
             text = f"{type(error).__name__}: {error}"
-            reason = f" ({text})" if "auth" in text.lower() else ""
+            reason = f" ({text})" if re.search("auth|certificate|ssl", text, re.IGNORECASE) else ""
+            if re.search("closed by server|reset by peer", text):
+                raise Lost(
+                    f"{PRODUCTS[name]} at {database.address} closed the connection during a"
+                    " command; it may have crashed: see its log"
+                ) from error
             raise Unavailable(
                 f"{PRODUCTS[name]} does not answer at {database.address}{reason};"
                 f" check {name}_HOST, {name}_PORT, {name}_PASSWORD and {name}_TLS"

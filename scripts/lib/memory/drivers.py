@@ -1,15 +1,18 @@
 """Graphiti's driver and models: writes in one transaction, few retries. Imports Graphiti."""
 
+import re
 from typing import Any
 
 import openai
 from graphiti_core.cross_encoder.openai_reranker_client import OpenAIRerankerClient
 from graphiti_core.driver.falkordb_driver import FalkorDriver, FalkorDriverSession
 from graphiti_core.embedder.openai import OpenAIEmbedder, OpenAIEmbedderConfig
+from graphiti_core.graph_queries import get_fulltext_indices, get_range_indices
 from graphiti_core.llm_client import LLMConfig, OpenAIClient
 from graphiti_core.llm_client.client import LLMClient
 from graphiti_core.llm_client.errors import RateLimitError
 from graphiti_core.llm_client.openai_generic_client import OpenAIGenericClient
+from redis.exceptions import ConnectionError  # noqa: A004
 from tenacity import stop_after_attempt
 
 from lib.memory.graph import Query, Superseded, combine
@@ -27,6 +30,11 @@ OUTAGES = (
 
 AMBIGUOUS = (openai.APITimeoutError, openai.InternalServerError)
 """Errors of a model that is down, or that fails on this memory."""
+
+OWN_STOP_WORDS = """
+CALL db.indexes() YIELD label, types, stopwords, entitytype
+WHERE entitytype = 'NODE' AND size(stopwords) > 0 RETURN label, types
+"""
 
 # OpenAI's client retries as Retry-After says, and the queue retries after it. Graphiti's own
 # retries between the two would sleep for up to two minutes each, and have no public setting.
@@ -56,10 +64,46 @@ class Driver(FalkorDriver):  # type: ignore[misc]
     """Graphiti's driver of one graph; each write starts with ``fence`` and needs its match."""
 
     fence: Query | None = None
+    failure: ConnectionError | None = None
+    """The first lost connection; Graphiti may go on after it and raise a later one."""
+
+    async def execute_query(self, cypher_query_: str, **kwargs: Any) -> Any:
+        """Run a query and keep its failure."""
+        try:
+            return await super().execute_query(cypher_query_, **kwargs)
+        except ConnectionError as error:
+            self.failure = self.failure or error
+            raise
 
     def session(self, database: str | None = None) -> Session:  # noqa: ARG002 -- Graphiti's interface
         """Return a session; the driver has only one graph."""
         return Session(self)
+
+    async def build_indices_and_constraints(self, delete_existing: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002 -- Graphiti's interface
+        """Create the indices without Graphiti's stop words; drop those that have them.
+
+        With them, ``n.name IN ['Will']`` crashes FalkorDB: see docs/memory.md.
+        """
+        rows, _, _ = await self.execute_query(OWN_STOP_WORDS)
+        for row in rows:
+            label = row["label"]
+            await self.execute_query(f"CALL db.idx.fulltext.drop('{label}')")
+            # The stop words stay as long as the label has any index.
+            for name, kinds in row["types"].items():
+                if "RANGE" in kinds:
+                    await self.execute_query(f"DROP INDEX FOR (n:{label}) ON (n.{name})")
+        for query in get_range_indices(self.provider) + get_fulltext_indices(self.provider):
+            await self.execute_query(query.partition("OPTIONS")[0])
+
+    def build_fulltext_query(
+        self,
+        query: str,
+        group_ids: list[str] | None = None,  # noqa: ARG002 -- a graph has one group
+        max_query_length: int = 128,
+    ) -> str:
+        """Return RediSearch's query for any of the words; ``_`` alone is a syntax error there."""
+        words = re.findall(r"\w*[^\W_]\w*", query)
+        return f"({' | '.join(words[:max_query_length])})" if words else ""
 
     async def transact(self, queries: list[Query]) -> None:
         """Run queries as one. Raises Superseded when the fence matches nothing."""

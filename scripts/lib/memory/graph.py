@@ -188,9 +188,10 @@ class Graph(Connection):
                 if not await self.query(project, CLAIM, **claim, **values):
                     return False
                 recent = await self.query(project, RECENT, limit=CONTEXT)
-                graphiti.driver.fence = (CLAIMED, claim)
-                try:
-                    async with self.connected():
+                driver = graphiti.driver
+                driver.fence, driver.failure = (CLAIMED, claim), None
+                async with self.connected():
+                    try:
                         await graphiti.add_episode(
                             name=name,
                             episode_body=text,
@@ -201,8 +202,10 @@ class Graph(Connection):
                             uuid=memory.id,
                             previous_episode_uuids=[row[0] for row in recent],
                         )
-                finally:
-                    graphiti.driver.fence = None
+                    except Exception as error:
+                        raise driver.failure or error from error
+                    finally:
+                        driver.fence = None
         return True
 
     async def search(

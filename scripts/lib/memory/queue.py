@@ -143,12 +143,13 @@ class Queue(Connection):
         await self.command("SET", key(project, "pause"), reason, "PX", milliseconds)
 
     async def count(self, project: str, entry: str, what: str, by: int = 1) -> int:
-        """Count failures ("failed") or deaths of workers ("died") over an entry; return the sum."""
+        """Count failures, deaths of workers ("died") or of FalkorDB ("crashed"); return the sum."""
         return int(await self.command("HINCRBY", key(project, "tries"), f"{entry}:{what}", by))
 
     async def remove(self, project: str, entry: str, stream: str = "queue") -> int:
         """Delete an entry and its counts; return how many entries were deleted."""
-        await self.command("HDEL", key(project, "tries"), f"{entry}:failed", f"{entry}:died")
+        counts = [f"{entry}:{what}" for what in ("failed", "died", "crashed")]
+        await self.command("HDEL", key(project, "tries"), *counts)
         return int(await self.command("XDEL", key(project, stream), entry))
 
     async def bury(self, project: str, entry: str, memory: Memory, reason: str) -> None:

@@ -19,6 +19,10 @@ class Unavailable(Exception):
     """A service is missing; the message says which, and which variable configures it."""
 
 
+class Lost(Unavailable):
+    """The database closed the connection in the middle of a command: it may have crashed."""
+
+
 class Rejected(Unavailable):
     """FalkorDB answers with an error: it is overloaded or full, or the query is wrong."""
 

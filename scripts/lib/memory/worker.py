@@ -12,7 +12,7 @@ from typing import Any
 from lib.common.datadog import Datadog
 from lib.memory.graph import Graph, Superseded
 from lib.memory.queue import Memory, Queue
-from lib.memory.settings import Rejected, Settings, Unavailable
+from lib.memory.settings import Lost, Rejected, Settings, Unavailable
 
 POLL_SECONDS = 0.5
 """How often a worker looks for new memories and for projects that became free."""
@@ -20,6 +20,8 @@ MAX_PAUSE_SECONDS = 300.0
 MAX_RECONNECT_SECONDS = 60.0
 MAX_DEATHS = 10
 """A memory over which more workers have died becomes a dead letter."""
+MAX_CRASHES = 2
+"""A memory over which FalkorDB has crashed so often becomes a dead letter."""
 METRICS_SECONDS = 60
 CANCEL_SECONDS = 1.0
 
@@ -164,7 +166,9 @@ class Worker:
         tries = await self.queue.count(project, entry, "failed")
         cause = await asyncio.to_thread(cause_of, error)  # may import Graphiti
         give_up = cause != "outage" and tries >= self.settings.attempts
-        if give_up and (cause == "memory" or await self.graph.is_healthy()):
+        crashes = int(isinstance(error, Lost)) and await self.queue.count(project, entry, "crashed")
+        give_up = give_up and (cause == "memory" or await self.graph.is_healthy())
+        if give_up or crashes >= MAX_CRASHES:
             await self.queue.bury(project, entry, memory, reason)
             log(f"{project}: dead letter after {tries} tries: {type(error).__name__}")
             return False
