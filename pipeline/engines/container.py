@@ -141,9 +141,9 @@ class Container:
     def wait_ready(self, seconds: float) -> None:
         """Wait until ``/config`` is 200 and JSON. Raises ServerDied, ServerSilent.
 
-        ``seconds`` count from the start of the container; ``ready_seconds`` is what it took.
+        ``ready_seconds`` is what it took since the start of the container.
         """
-        wait_ready(self.server, self.began + seconds, alive=self.check_alive, log=self.logs)
+        wait_ready(self.server, time.monotonic() + seconds, alive=self.check_alive, log=self.logs)
         self.ready_seconds = time.monotonic() - self.began
 
     def wait_ready_inside(self, seconds: float) -> None:
@@ -152,7 +152,7 @@ class Container:
         Such a container has no published port; starting curl takes 0.1 s, so ``ready_seconds`` is
         less exact.
         """
-        deadline = self.began + seconds
+        deadline = time.monotonic() + seconds
         url = f"http://localhost:{PORT}/config"
         patience = 0.5
         while time.monotonic() < deadline:

@@ -28,9 +28,6 @@ from pipeline.smoke.server_probes import Inventory
 if TYPE_CHECKING:
     import requests
 
-EVENT_SECONDS = 10.0
-"""How long to read events after the conversation; all of them have been sent by then."""
-
 Call = tuple[str, dict[str, Any]]
 """The name of a tool, and its arguments."""
 
@@ -68,7 +65,7 @@ PYTHON_TAGS = SERVER_TAGS[:2]
 QUERY = "import sqlite3; sqlite3.connect(':memory:').execute('select 6 * 7')"
 """A Python program that ddtrace records a span of."""
 
-CURL = "curl -fsS --retry 100 --retry-delay 0 --retry-connrefused --retry-max-time 10"
+CURL = "curl -fsS --retry 100 --retry-delay 0 --retry-connrefused --retry-max-time 60"
 """Waits until the fake upstreams listen."""
 
 BUILT_IN = {
@@ -115,7 +112,7 @@ def received(
     Waits up to ``seconds`` for spans of the server and of a Python program.
     """
     url = f"http://127.0.0.1:{fake_upstreams.MODEL}/received?{seconds}"
-    done = container.exec("sh", "-c", f"{CURL} {url}", timeout=seconds + 30)
+    done = container.exec("sh", "-c", f"{CURL} {url}", timeout=seconds + SECONDS)
     if not done.ok:
         raise ProbeFailed(f"the fake model does not answer: {done.output[-300:]}")
     return dict(json.loads(done.stdout))
@@ -232,7 +229,7 @@ def events(session: Session) -> str:
         "message.part.updated",
         "session.idle",
     }
-    deadline = time.monotonic() + EVENT_SECONDS
+    deadline = time.monotonic() + SECONDS
     for line in session.events.iter_lines():
         if line.startswith(b"data: "):
             expected.discard(json.loads(line[6:])["type"])
@@ -283,7 +280,7 @@ def tracing(session: Session) -> str:
 def restart(session: Session) -> str:
     """The session and its messages are there after a restart of the container."""
     before = session.message_ids()
-    session.container.restart(SECONDS)
+    session.container.restart(session.span_seconds)
     after = session.message_ids()
     if after != before:
         raise ProbeFailed(f"{len(before)} messages before and {len(after)} after the restart")

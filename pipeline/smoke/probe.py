@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.core.errors import ServerSilent
 from pipeline.engines.container import Container, Server
 
 SECONDS = 60.0
@@ -18,6 +20,10 @@ class ProbeFailed(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+
+class ProbeLate(ProbeFailed):
+    """What a probe requires was not true in time; a busy machine is the most likely cause."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,17 @@ def request(
     return response.json()
 
 
+def was_late(error: Exception) -> bool:
+    """Return whether a probe failed only because something took longer than it may."""
+    import requests
+
+    late = (ProbeLate, ServerSilent, TimeoutError, subprocess.TimeoutExpired, requests.Timeout)
+    return isinstance(error, late)
+
+
 def run_inside(container: Container, *command: str) -> str:
     """Run a command in a container and return its output. Raises ProbeFailed when it fails."""
-    done = container.exec(*command)
+    done = container.exec(*command, timeout=SECONDS)
     if not done.ok:
         raise ProbeFailed(f"{command[0]} exited with code {done.code}: {done.output[-300:]}")
     return done.stdout.strip()
