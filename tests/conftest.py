@@ -29,6 +29,10 @@ from pipeline.engines import detect
 from pipeline.engines.engine import Engine
 
 IMAGE = "opencode-server-test"
+PODMAN = pytest.mark.parametrize("built", ["podman"], indirect=True)
+DOCKER = pytest.mark.parametrize("built", ["docker"], indirect=True)
+"""For tests of what does not depend on the engine: one of them, in turn, so that neither is left out."""
+
 BRIDGE, SUBNET = f"oc-test{os.getpid()}", f"172.31.{os.getpid() % 250}.1/24"
 """Of this run alone: another may go on beside it. A name holds 15 characters."""
 

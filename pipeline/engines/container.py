@@ -225,7 +225,7 @@ def wait_ready(
     final = False
     while time.monotonic() < deadline and not final:
         try:
-            answer = server.get("/config", timeout=min(server.timeout, patience))
+            answer = server.get("/config", timeout=patience)
             final = answer.status_code == requests.codes.unauthorized
             problem = f"/config answered {answer.status_code}: {answer.text[:200]}"
             if answer.status_code == requests.codes.ok:

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.engines.container import Container, running
 from pipeline.smoke import conversation, fake_upstreams
-from tests.conftest import Built
+from tests.conftest import DOCKER, PODMAN, Built
 from tests.image.conftest import derive
 from tests.servers import ask, datadog_agent, until
 
@@ -90,7 +90,7 @@ def test_each_deep_probe_sees_what_it_is_there_for(built: Built) -> None:
         "RUN echo > /app/scripts/lib/tracing/sitecustomize.py",
         "ENV XDG_DATA_HOME=/tmp",
     )
-    done = built.inv("smoke", "--deep", "--image", broken, env={"INVOKE_SMOKE_READY_SECONDS": "20"})
+    done = built.inv("smoke", "--deep", "--image", broken, env={"INVOKE_SMOKE_READY_SECONDS": "60"})
     done.failed("SmokeFailed", 43, "probes failed")
     report = json.loads((built.checkout.root / "build/smoke.json").read_text())
     failed = {probe["name"]: probe["detail"] for probe in report["probes"] if not probe["passed"]}
@@ -106,6 +106,7 @@ def test_each_deep_probe_sees_what_it_is_there_for(built: Built) -> None:
     } == {}, failed
 
 
+@DOCKER
 @pytest.mark.usefixtures("unmoved")
 def test_opencodes_own_client_has_a_conversation(built: Built) -> None:
     with talking(built) as talk:
@@ -128,6 +129,7 @@ def within(container: Container) -> tuple[str, ...]:
     return "nsenter", f"--net=/proc/{container.engine.ask(argv).stdout.strip()}/ns/net"
 
 
+@PODMAN
 @pytest.mark.usefixtures("unmoved")
 def test_datadogs_own_test_agent_gets_spans_of_the_server_and_of_pythons_it_starts(
     built: Built,
@@ -170,6 +172,7 @@ def test_datadogs_own_test_agent_gets_spans_of_the_server_and_of_pythons_it_star
 OWN_VENV = "python3 -m venv --without-pip /tmp/v && /tmp/v/bin/python -c 'print(6)' && /opt/venv/bin/python -c 'print(7)'"
 
 
+@DOCKER
 @pytest.mark.parametrize(
     "host", ["", "127.0.0.1"], ids=["no agent", "an agent that does not answer"]
 )

@@ -15,7 +15,12 @@ pytestmark = pytest.mark.engine
 AWKWARD = 'it\'s "quoted" \\ $HOME `id` #%: '
 
 
-@pytest.mark.parametrize("password", ["", AWKWARD], ids=["open", "awkward password"])
+@pytest.mark.parametrize(
+    ("built", "password"),
+    [("docker", ""), ("podman", AWKWARD)],
+    ids=["docker-open", "podman-awkward password"],
+    indirect=["built"],
+)
 @pytest.mark.usefixtures("unmoved")
 def test_status_and_the_health_check_get_in(built: Built, password: str) -> None:
     with running(built.engine, built.inspect()["Id"], password=password) as container:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline.engines.container import Container, Server, running, wait_ready
-from tests.conftest import Built
+from tests.conftest import DOCKER, PODMAN, Built
 from tests.fake_openai import EMBEDDER, KEY, MODEL, Call, FakeOpenAI, fake_openai, text_of
 from tests.image.conftest import derive
 from tests.memories import kept
@@ -107,6 +107,7 @@ def served(
         yield container, server
 
 
+@PODMAN
 @pytest.mark.usefixtures("unmoved")
 def test_a_second_session_finds_what_the_first_was_told(built: Built, tmp_path: Path) -> None:
     name = f"memory-{built.engine.name}"
@@ -137,6 +138,7 @@ def test_a_second_session_finds_what_the_first_was_told(built: Built, tmp_path: 
         assert fake.wrong == []
 
 
+@DOCKER
 @pytest.mark.usefixtures("unmoved")
 def test_with_nothing_to_remember_with_the_server_is_as_it_was(built: Built) -> None:
     with running(built.engine, built.inspect()["Id"], network="none") as container:

@@ -14,12 +14,12 @@ from pipeline.engines.container import SECRET, Container
 from pipeline.smoke import image_probes, server_probes
 from pipeline.smoke.image_probes import ImageSubject
 from pipeline.smoke.probe import ProbeFailed
-from tests.conftest import IMAGE, Built
+from tests.conftest import DOCKER, IMAGE, PODMAN, Built
 from tests.image.conftest import derive
 
 pytestmark = pytest.mark.engine
 
-PATIENCE = {"INVOKE_SMOKE_READY_SECONDS": "4"}
+PATIENCE = {"INVOKE_SMOKE_READY_SECONDS": "10"}
 NODE = 'ENTRYPOINT ["node", "-e", "require(\'http\').createServer((ask, answer) => {%s}).listen(4096)"]'
 
 
@@ -35,6 +35,7 @@ def test_every_probe_of_a_good_image_passes_and_is_a_line(built: Built) -> None:
     assert f"{len(said)} of {len(said)} probes passed" in built.smoked
 
 
+@DOCKER
 def test_what_passed_becomes_latest_and_what_was_latest_previous(built: Built) -> None:
     was = built.tags()["latest"]
     assert built.inv("build").code == 0
@@ -53,6 +54,7 @@ def test_what_passed_becomes_latest_and_what_was_latest_previous(built: Built) -
     assert all(probe["passed"] for probe in report["probes"])
 
 
+@PODMAN
 def test_the_starter_never_takes_the_place_of_openagents(built: Built) -> None:
     before = built.tags()
     label = "LABEL opencode-server.openagents.kind=starter"
@@ -66,6 +68,7 @@ def test_the_starter_never_takes_the_place_of_openagents(built: Built) -> None:
         built.engine.tag(before["candidate"], f"{IMAGE}:candidate")
 
 
+@PODMAN
 @pytest.mark.parametrize(
     ("entrypoint", "sentences"),
     [
@@ -87,6 +90,7 @@ def test_an_image_that_dies(built: Built, entrypoint: str, sentences: tuple[str,
     done.failed("ServerDied", 41, *sentences)
 
 
+@DOCKER
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
@@ -105,6 +109,7 @@ def test_a_config_that_is_no_answer(built: Built, answer: str, sentence: str) ->
     done.failed("ServerSilent", 42, sentence)
 
 
+@PODMAN
 @pytest.mark.usefixtures("unmoved")
 def test_each_probe_sees_what_it_is_there_for(built: Built, office_ca: Path) -> None:
     rotten = derive(
@@ -155,19 +160,22 @@ def test_a_port_that_is_taken(built: Built) -> None:
     done.failed("PortTaken", 44, f"port {port} on 127.0.0.1 is already in use")
 
 
+@DOCKER
 @pytest.mark.usefixtures("unmoved")
 def test_an_image_that_is_not_here(built: Built) -> None:
     built.inv("smoke", "--image", "no-such-image:1").failed("NoSuchImage", 40, "no-such-image:1")
 
 
 @pytest.mark.parametrize(
-    ("moment", "number"),
+    ("built", "moment", "number"),
     [
-        ("smoke: ", signal.SIGINT),
-        ("settings", signal.SIGTERM),
-        ("ready", signal.SIGINT),
-        ("packages", signal.SIGHUP),
+        ("podman", "smoke: ", signal.SIGINT),
+        ("docker", "settings", signal.SIGTERM),
+        ("podman", "ready", signal.SIGINT),
+        ("docker", "packages", signal.SIGHUP),
     ],
+    ids=["podman-smoke", "docker-settings", "podman-ready", "docker-packages"],
+    indirect=["built"],
 )
 @pytest.mark.usefixtures("unmoved")
 def test_a_signal_leaves_nothing_running(built: Built, moment: str, number: signal.Signals) -> None:
@@ -176,6 +184,7 @@ def test_a_signal_leaves_nothing_running(built: Built, moment: str, number: sign
     smoke.end(number, seconds=20).failed("Interrupted", 128 + number, number.name)
 
 
+@DOCKER
 def test_a_smoke_that_was_killed_is_cleaned_up_by_the_next(built: Built) -> None:
     before = built.containers()
     smoke = built.start("smoke")

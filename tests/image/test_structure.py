@@ -19,7 +19,7 @@ import pytest
 
 from pipeline.core import process
 from pipeline.core.settings import ROOT
-from tests.conftest import Built
+from tests.conftest import DOCKER, Built
 from tests.image.conftest import derive
 
 pytestmark = pytest.mark.engine
@@ -80,6 +80,7 @@ def test_the_image_has_the_structure_that_is_written_down(
     assert f"Passes:      {count}" in done.stdout
 
 
+@DOCKER
 def test_it_sees_what_is_missing(built: Built, structure: dict[str, str], tmp_path: Path) -> None:
     """Of what needs no container of its own; each of those takes half a second."""
     (tmp_path / "brief.yaml").write_text(STRUCTURE.read_text().partition("\ncommandTests:")[0])
