@@ -68,7 +68,8 @@ def talking(
         conversation.start_upstreams(container, ports=ports)
         session = conversation.Session(container)
         conversation.session(session)
-        yield session
+        with contextlib.closing(session.events):
+            yield session
 
 
 def test_every_deep_probe_passes_and_is_a_line(built: Built) -> None:
