@@ -97,7 +97,7 @@ class FakeB2:
     ``buckets`` holds the versions of each object, newest last, by bucket and name; the ID of a
     bucket is its name. ``requests`` lists "CALL NAME" of each request and ``refusals`` the code of
     each error. ``fault`` is called with the call and the name of the object before each request.
-    It returns an empty string or a fault: ``503``; ``cut`` closes the connection half-way;
+    It returns an empty string or a fault: ``503``; a code of B2, which is answered with 403; ``cut`` closes the connection half-way;
     ``slow`` transfers a kilobyte at a time; ``hang`` blocks until the server ends.
     """
 
@@ -303,6 +303,8 @@ class Handler(BaseHTTPRequestHandler):
         body = self._body(fault)
         if fault == "503":
             raise Refused(503, "service_unavailable", "try again")
+        if "_" in fault:
+            raise Refused(403, fault, fault.replace("_", " "))
         with self.b2.lock:
             result = self._result(body)
         if isinstance(result, Stored):

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Event, Thread
 
 import pytest
-from lib.backup import crc64, errors, manifest, retention, schedule, settings, targets
+from lib.backup import crc64, errors, manifest, remote, retention, schedule, settings, targets
 from lib.backup.manifest import INCOMPLETE, Backup, Part
 from lib.backup.settings import Keep
 
@@ -90,6 +91,35 @@ def test_prune_never_removes_the_last_good_copy_of_a_part_nor_what_may_still_be_
     }
 
 
+def test_what_another_stack_made_or_a_wrong_clock_does_not_count() -> None:
+    none = Keep(**dict.fromkeys(Keep.model_fields, 0))
+    own, other = made(1), replace(made(0.5), note="of the stack staging")
+    assert manifest.choose([other, own], "latest", ["files"]) == own
+    assert manifest.choose([other, own], other.id) == other  # named
+    assert retention.newest_of_each_part([other, own]) == {"files": own}
+    assert retention.to_remove([other, own, made(2)], none) == [made(2)]
+    assert manifest.note(replace(own, stack="staging"), "opencode") == "of the stack staging"
+    assert manifest.note(own, "opencode") == ""
+    assert manifest.note(replace(own, id="20990101T000000Z-aaaaaa"), "") == "from the future"
+
+
+@pytest.mark.parametrize(
+    ("message", "name", "remedy"),
+    [
+        ("(403 storage_cap_exceeded) Cannot upload files, storage cap exceeded", "Refused", "cap"),
+        ('you must use bucket "other" with this application key', "Refused", "that bucket only"),
+        ("bucket that application key is restricted to no longer exists", "Gone", "deleted"),
+        ("403 access_denied: file is protected by Object Lock", "Refused", "retention period"),
+        ("(401 unauthorized) wrong key", "Refused", "RCLONE_CONFIG_"),
+        ("dial tcp: connection refused", "Unreachable", "network"),
+    ],
+)
+def test_each_answer_of_b2_has_its_name(message: str, name: str, remedy: str) -> None:
+    failure = remote.Remote(settings.load(B2))._failure("listing", message.encode())
+    assert type(failure).__name__ == f"Remote{name}"
+    assert remedy in failure.remedy
+
+
 def test_secrets_are_read_from_files_and_only_those_of_secrets(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("hidden-key\n")
     config = settings.load({**B2, "RCLONE_CONFIG_B2_KEY_FILE": str(tmp_path / "key")})
@@ -131,6 +161,7 @@ def test_only_what_rclone_needs_is_handed_on() -> None:
         {"BACKUP_REMOTE": "c:", "RCLONE_CONFIG_C_TYPE": "crypt"},  # names would be encrypted
         {**B2, "BACKUP_PARTS": "falkordb mysql"},
         {**B2, "BACKUP_KEEP_LAST": "-1"},
+        {**B2, "BACKUP_PASSWORD": "first\nsecond"},
         {**B2, "BACKUP_MAX_AGE_HOURS": "day"},
         {**B2, "FALKORDB_PORT": "tcp://10.0.0.1:6379"},
     ],

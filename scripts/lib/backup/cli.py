@@ -40,7 +40,10 @@ def run(options: Options, config: Settings) -> Any:
         if not options.dry_run:
             status.send_run(config, made)
     if made and options.prune:
-        retention.prune(config, verified=made.id)
+        try:
+            retention.prune(config, verified=made.id)
+        except Failure as failure:  # the backup is good all the same
+            log(f"prune failed: {config.hide(str(failure))}; {failure.remedy}")
     return asdict(made) if made else {}
 
 
@@ -50,8 +53,9 @@ def list_backups(options: Options, config: Settings) -> Any:
     if not options.json:
         for backup in backups:
             parts = " ".join(backup.parts)
+            state = backup.fault or backup.note or "complete"
             columns = f"{age(backup.age_seconds):>7}  {size(backup.size):>8}  {backup.kind:6}"
-            print(f"{backup.id}  {columns}  {parts}  {backup.fault or 'complete'}")
+            print(f"{backup.id}  {columns}  {parts}  {state}")
         if not backups:
             print("no backups")
     return [asdict(backup) | {"age_seconds": round(backup.age_seconds)} for backup in backups]

@@ -84,7 +84,7 @@ def make(
             raise full_disk(str(settings.work)) from None
         raise
     total = sum(part.stored[0] for part in copies.values())
-    result = Backup(backup_id, kind, settings.host, copies, total)
+    result = Backup(backup_id, kind, settings.host, copies, total, stack=settings.stack)
     log(f"{name}: uploading {size(total)}")
     try:
         upload(remote, result, scratch)

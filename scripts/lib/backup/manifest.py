@@ -5,15 +5,19 @@ import json
 import re
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from lib.backup.console import log
 from lib.backup.errors import BackupDamaged, NoSuchBackup, WrongPassword
 from lib.backup.remote import Remote
 
 FORMAT = 1
 BLOCK = 1 << 16
+AHEAD_SECONDS = 3600
+"""How far the clock of another host may be ahead."""
+
 INCOMPLETE = "incomplete: it has no manifest"
 MANIFEST = "manifest.json"
 ID = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{6}")
@@ -44,7 +48,8 @@ class Part:
 class Backup:
     """A backup at the remote; ``fault`` says why it is not complete, and is empty if it is.
 
-    ``kind`` is backup or safety, ``size`` the bytes of all objects.
+    ``kind`` is backup or safety, ``size`` the bytes of all objects. ``note`` says why a complete
+    one is neither restored nor removed unless its ID is given.
     """
 
     id: str
@@ -53,6 +58,13 @@ class Backup:
     parts: Mapping[str, Part] = field(default_factory=dict)
     size: int = 0
     fault: str = ""
+    stack: str = ""
+    note: str = ""
+
+    @property
+    def counts(self) -> bool:
+        """Return whether it is complete, of this stack, and no safety backup."""
+        return self.kind == "backup" and not self.fault and not self.note
 
     @property
     def age_seconds(self) -> float:
@@ -71,6 +83,7 @@ def write(backup: Backup) -> bytes:
         "id": backup.id,
         "kind": backup.kind,
         "host": backup.host,
+        "stack": backup.stack,
     }
     body["parts"] = {name: asdict(part) for name, part in backup.parts.items()}
     body = json.loads(json.dumps(body))
@@ -96,7 +109,9 @@ def parse(manifest: Mapping[str, Any]) -> Backup:
         stored, raw = tuple(entry["stored"]), tuple(entry["raw"])
         parts[part] = Part(entry["object"], stored, raw, entry["facts"])
     size = sum(part.stored[0] for part in parts.values())
-    return Backup(name, body["kind"], body["host"], parts, size)
+    # Until 2026-11, manifests named no stack.
+    stack = body.get("stack", "")
+    return Backup(name, body["kind"], body["host"], parts, size, stack=stack)
 
 
 def catalog(remote: Remote, *, create: bool = False) -> list[Backup]:
@@ -108,7 +123,18 @@ def catalog(remote: Remote, *, create: bool = False) -> list[Backup]:
     names = {path.split("/")[0] for path in sizes}
     names = {name for name in names if ID.fullmatch(name)}
     parsed = {backup.id: backup for backup in map(parse, remote.manifests())} if names else {}
-    return [check(name, parsed.get(name), sizes) for name in sorted(names, reverse=True)]
+    found = [check(name, parsed.get(name), sizes) for name in sorted(names, reverse=True)]
+    return [replace(backup, note=note(backup, remote.stack)) for backup in found]
+
+
+def note(backup: Backup, stack: str) -> str:
+    """Return why a backup does not count for ``stack``; an empty string if it does."""
+    if not backup.fault and backup.age_seconds < -AHEAD_SECONDS:
+        log(f"{backup.id} does not count: it is from the future; check the clock of {backup.host}")
+        return "from the future"
+    if backup.stack not in ("", stack):
+        return f"of the stack {backup.stack}"
+    return ""
 
 
 def check(name: str, backup: Backup | None, sizes: Mapping[str, int]) -> Backup:
@@ -127,7 +153,7 @@ def check(name: str, backup: Backup | None, sizes: Mapping[str, int]) -> Backup:
         if size != part.stored[0]:
             problem = "is missing" if size is None else "has not the size it had"
             fault = f"{part.object} {problem}"
-            return Backup(name, backup.kind, backup.host, backup.parts, backup.size, fault)
+            return replace(backup, fault=fault)
     return backup
 
 
@@ -140,7 +166,7 @@ def choose(backups: Iterable[Backup], wanted: str, parts: Iterable[str] = ()) ->
     remedy = "List the backups: backup list"
     if wanted in ("", "latest"):
         for backup in backups:
-            if not backup.fault and backup.kind == "backup" and needed <= set(backup.parts):
+            if backup.counts and needed <= set(backup.parts):
                 return backup
         what = ", ".join(sorted(needed)) or "anything"
         raise NoSuchBackup(f"there is no complete backup of {what}", remedy)

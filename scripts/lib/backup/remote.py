@@ -33,6 +33,26 @@ ERRORS: tuple[tuple[str, type[Failure], str], ...] = (
         "Free up space at the remote, or here in BACKUP_WORK_DIR.",
     ),
     (
+        r"cap[ _]exceeded",
+        RemoteRefused,
+        "A cap of the account is reached. Raise it at the provider (B2: Caps & Alerts).",
+    ),
+    (
+        "you must use bucket",
+        RemoteRefused,
+        "The key is for that bucket only: name it in BACKUP_REMOTE, or use a key of yours.",
+    ),
+    (
+        "restricted to no longer exists",
+        RemoteGone,
+        "The bucket of the key was deleted: create a bucket and a key for it.",
+    ),
+    (
+        r"object[ _-]?lock|file[ _-]?lock|retention|legal hold",
+        RemoteRefused,
+        "Object Lock protects it. It can be removed when its retention period ends.",
+    ),
+    (
         (
             r"\b401\b|\b403\b|unauthorized|bad_auth_token|AccessDenied"
             "|SignatureDoesNotMatch|not entitled"
@@ -61,6 +81,7 @@ class Remote:
         if not settings.remote:
             remedy = "Example: BACKUP_REMOTE=b2:bucket/path; see docs/backup.md."
             raise NotConfigured("BACKUP_REMOTE is not set", remedy)
+        self.stack = settings.stack
         self.name = settings.remote.rstrip("/")
         self._settings = settings
         self._environ = {

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from lib.backup import manifest
 from lib.backup.console import log, size
-from lib.backup.errors import BackupDamaged
+from lib.backup.errors import BackupDamaged, Failure
 from lib.backup.manifest import INCOMPLETE, Backup, time_of
 from lib.backup.remote import Remote
 from lib.backup.settings import Keep, Settings
@@ -51,7 +51,8 @@ def prune(settings: Settings, *, dry_run: bool = False, verified: str = "") -> l
     """Remove the backups that retention does not keep, and return them.
 
     ``verified`` is the ID of a backup that was just read back. Raises BackupDamaged, and removes
-    nothing, when the newest copy of a part is not what its manifest says.
+    nothing, when the newest copy of a part is not what its manifest says. Raises the last Failure
+    when some cannot be removed, after the others.
     """
     remote = Remote(settings)
     backups = manifest.catalog(remote)
@@ -65,8 +66,15 @@ def prune(settings: Settings, *, dry_run: bool = False, verified: str = "") -> l
         if backup.id != verified and (fault := damage(remote, backup)):
             remedy = "Nothing was removed. Run backup run, or restore an older backup."
             raise BackupDamaged(f"{backup.id}: {fault}", remedy)
+    failure = None
     for backup in unwanted:
-        remote.remove(backup.id)
+        try:
+            remote.remove(backup.id)
+        except Failure as error:
+            log(f"{backup.id} stays: {error}")
+            failure = error
+    if failure:
+        raise failure
     return unwanted
 
 
@@ -74,7 +82,7 @@ def newest_of_each_part(backups: Iterable[Backup]) -> dict[str, Backup]:
     """Return the newest complete backup of each part; ``backups`` are newest first."""
     newest: dict[str, Backup] = {}
     for backup in backups:
-        if not backup.fault and backup.kind == "backup":
+        if backup.counts:
             for part in backup.parts:
                 newest.setdefault(part, backup)
     return newest
@@ -84,11 +92,12 @@ def to_remove(backups: Iterable[Backup], keep: Keep) -> list[Backup]:
     """Return the backups to remove, oldest first.
 
     The newest complete copy of each part is always kept. An incomplete backup is removed after a
-    day. One that was damaged later may hold a part that is whole: it is kept.
+    day. One that was damaged later may hold a part that is whole: it is kept. So are those of other
+    stacks.
     """
     newest = sorted(backups, key=lambda backup: backup.id, reverse=True)
-    complete = [backup for backup in newest if not backup.fault]
-    good = [backup for backup in complete if backup.kind == "backup"]
+    complete = [backup for backup in newest if not backup.fault and not backup.note]
+    good = [backup for backup in complete if backup.counts]
     safety = [backup for backup in complete if backup.kind == "safety"]
     kept = {backup.id for backup in good[: keep.last] + safety[: keep.safety]}
     for period, form in PERIODS.items():
@@ -99,6 +108,6 @@ def to_remove(backups: Iterable[Backup], keep: Keep) -> list[Backup]:
     kept.update(backup.id for backup in newest_of_each_part(good).values())
     for backup in newest:
         recent = backup.age_seconds < GRACE_SECONDS
-        if backup.fault and (backup.fault != INCOMPLETE or recent):
+        if backup.note or (backup.fault and (backup.fault != INCOMPLETE or recent)):
             kept.add(backup.id)
     return [backup for backup in reversed(newest) if backup.id not in kept]

@@ -63,7 +63,9 @@ class Settings(Environment):
 
     remote: str = Field("", alias="BACKUP_REMOTE")
     safety_remote: str = Field("", alias="BACKUP_SAFETY_REMOTE")
-    password: str = Field("", alias="BACKUP_PASSWORD", repr=False)
+    stack: str = Field("opencode", alias="BACKUP_STACK")
+    # rclone takes the first line only.
+    password: str = Field("", alias="BACKUP_PASSWORD", repr=False, pattern=r"^[^\r\n]*$")
     parts: Annotated[tuple[str, ...], BeforeValidator(split_parts)] = Field(
         PARTS, alias="BACKUP_PARTS"
     )
