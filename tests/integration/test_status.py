@@ -21,6 +21,12 @@ pytestmark = pytest.mark.server
 STATUS = Path(__file__).parents[2] / "scripts" / "status"
 SECRET = 'hunt"er\\ 2 $é'  # noqa: S105 -- of servers that a test makes
 
+PROVIDERS = {
+    "providers": [{"id": "own", "options": {"baseURL": "http://host:1/v1"}}],
+    "default": {"own": "m"},
+}
+"""What /config/providers of a server with one provider returns."""
+
 
 def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
@@ -60,6 +66,7 @@ def opencode(password: str = "", user: str = "opencode", **routes: Reply) -> Res
     answers = {
         "health": (200, b'{"healthy": true, "version": "1.18.33"}'),
         "config": (200, b"{}"),
+        "providers": (200, json.dumps(PROVIDERS).encode()),
         **routes,
     }
     wanted = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
@@ -67,9 +74,17 @@ def opencode(password: str = "", user: str = "opencode", **routes: Reply) -> Res
     def respond(path: str, headers: Mapping[str, str]) -> Reply:
         if password and headers.get("Authorization") != wanted:
             return 401, b"Unauthorized"
-        return answers[{"/global/health": "health", "/config": "config"}[path]]
+        return answers[path.rpartition("/")[2]]
 
     return respond
+
+
+@pytest.mark.parametrize("providers", [(500, b""), (200, b"<html>"), (200, b'{"default": 1}')])
+def test_a_fault_of_providers_leaves_the_server_ok(providers: Reply) -> None:
+    with http_server(opencode(providers=providers)) as port:
+        code, result = ask("server", OPENCODE_SERVER_URL=url(port))
+    assert (code, result["state"]) == (0, "ok")
+    assert "/config/providers does not answer" in result["model"]
 
 
 def url(port: int) -> str:
@@ -89,6 +104,7 @@ def test_the_server_is_ok(password: str, user: str, env: dict[str, str]) -> None
         code, result = ask("server", OPENCODE_SERVER_URL=url(port), **env)
     assert (code, result["state"], result["version"]) == (0, "ok", "1.18.33")
     assert ("anyone who can reach the port" in result["detail"]) == (not password)
+    assert result["model"] == "own/m; prompts go to host"
 
 
 @pytest.mark.parametrize(
@@ -131,7 +147,7 @@ def test_a_request_that_hangs_once_is_made_again() -> None:
         code, result = ask("server", OPENCODE_SERVER_URL=url(port))
         over.set()
     assert (code, result["state"]) == (0, "ok")
-    assert asked[1:] == ["/global/health", "/global/health", "/config"]
+    assert asked[1:] == ["/global/health", "/global/health", "/config", "/config/providers"]
     assert result["seconds"] < 1.5, "half of the time was left for the rest"
 
 
