@@ -107,6 +107,24 @@ def shell(context: Context, part: str = "opencode", engine: str = "") -> None:
         lifecycle.shell(settings, found, part)
 
 
+@task(help={"engine": ENGINE["engine"]})
+def attach(context: Context, engine: str = "") -> None:
+    """Open OpenCode's terminal interface, in the server's container."""
+    from pipeline.stack import lifecycle
+
+    with engine_of(context, engine) as (settings, found):
+        lifecycle.attach(settings, found)
+
+
+@task(help={"engine": ENGINE["engine"]})
+def login(context: Context, engine: str = "") -> None:
+    """Log in to a provider of models; kept in the state volume. Restarts the server."""
+    from pipeline.stack import lifecycle
+
+    with engine_of(context, engine) as (settings, found):
+        lifecycle.login(settings, found)
+
+
 @task(help={"to": "an image or tag instead of latest", **ENGINE})
 def upgrade(
     context: Context,

@@ -354,6 +354,12 @@ class ProjectRefused(PipelineError):
     exit_code = 81
 
 
+class LoginFailed(PipelineError):
+    """OpenCode's log-in failed or was cancelled; nothing was changed."""
+
+    exit_code = 82
+
+
 class Interrupted(PipelineError):
     """Interrupted by Ctrl-C, SIGTERM or SIGHUP; the exit code is 128 plus the signal number."""
 

@@ -29,10 +29,16 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, record: object) -> None:
     """Write ``record`` so that a crash or power failure leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1)
+    write_text(path, f"{json.dumps(record, indent=1)}\n")
+
+
+def write_text(path: Path, text: str, mode: int = 0) -> None:
+    """Write ``text`` as ``write_json`` does; ``mode`` replaces the one of the umask."""
     draft = path.with_suffix(f".{os.getpid()}.part")
     with draft.open("w") as file:
-        file.write(f"{text}\n")
+        file.write(text)
+        if mode:
+            os.fchmod(file.fileno(), mode)
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)

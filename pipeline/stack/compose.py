@@ -8,14 +8,16 @@ import secrets
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pipeline.core import process
 from pipeline.core.errors import EngineBroken, PortTaken
 from pipeline.core.settings import Settings
 from pipeline.engines.container import STATE, TAKEN
 from pipeline.engines.engine import Engine
-from pipeline.stack import databases, gateway, overrides, workspace
+from pipeline.stack import databases, gateway, overrides, trust, workspace
 from pipeline.stack.databases import COMPOSE
 from pipeline.stack.secrets import (
     AGENT,
@@ -141,11 +143,20 @@ class Project:
     def write_override(self) -> Path:
         """Write and return the file that adds this stack's settings to compose.yaml."""
         path = self.home / "compose.json"
-        overrides.write(path, overrides.services(self.workspace), self._digests())
+        if file := trust.place(self.home, self._ca):
+            trust.write(file, self._ca)
+        overrides.write(path, self._added(), self._digests())
         return path
 
+    @cached_property
+    def _ca(self) -> str:
+        return trust.bundle(self.settings.ca)
+
+    def _added(self) -> dict[str, dict[str, Any]]:
+        return overrides.services(self.workspace, trust.place(self.home, self._ca))
+
     def _digests(self) -> dict[str, str]:
-        return overrides.digests(overrides.services(self.workspace), self.secrets)
+        return overrides.digests(self._added(), self.secrets, self.settings.stack)
 
     def container(self, part: str) -> str:
         """Return the container_name of a part in compose.yaml."""

@@ -1,8 +1,9 @@
-"""``up``, ``down``, ``logs`` and ``shell``."""
+"""``up``, ``down``, ``logs``, ``shell``, ``attach`` and ``login``."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.core.console import log, ok
 from pipeline.core.errors import (
+    LoginFailed,
     NoStack,
     NoSuchRelease,
     PartDown,
@@ -20,6 +22,7 @@ from pipeline.core.errors import (
     VolumesKept,
 )
 from pipeline.core.settings import Settings
+from pipeline.engines.container import PORT
 from pipeline.engines.engine import Engine
 from pipeline.stack import databases, gateway, git, secrets, workspace
 from pipeline.stack.compose import PARTS, Project, image_tag, other_parts, project_of
@@ -36,6 +39,9 @@ PROBES = {
 
 PROBE_SECONDS = 3
 """A request that arrives while OpenCode opens its socket is never answered: try again early."""
+
+DETACH = "ctrl-@,ctrl-@,ctrl-@"
+"""The engines' default begins with Ctrl-P, which opens OpenCode's list of commands."""
 
 LOG_CAUSES = {
     "No space left on device": "its volume is full",
@@ -103,6 +109,7 @@ def up(
         project = project_of(settings, engine)
         _start_missing(project)
         server = project.container("opencode")
+        git.identify(engine, server)
         if clone and git.clone(engine, server, clone):
             ok(f"cloned {clone}")
             # The server reads the project when it starts.
@@ -177,9 +184,19 @@ def _part_down(project: Project, part: str, reason: str) -> PartDown:
 
 def _print_address(project: Project) -> None:
     path = project.home / secrets.GATEWAY
-    url = gateway.url(project.settings.stack)
-    log(f"The server is at {url}. User: {project.user}. Password: GATEWAY_PASSWORD in {path}.")
-    log(f"  (. {path}; OPENCODE_SERVER_PASSWORD=$GATEWAY_PASSWORD opencode attach {url})")
+    log(f"Open {gateway.url(project.settings.stack)} in a browser, or: inv attach")
+    log(f"  user {project.user}, password: GATEWAY_PASSWORD in {path}")
+    log(f"  model {_model(project)}")
+
+
+def _model(project: Project) -> str:
+    """Return the model of prompts that name none, and where they go."""
+    argv = ("/app/scripts/status", "server", "--json", "--timeout", "20")
+    try:
+        answer = json.loads(project.exec("opencode", *argv).stdout)
+        return str(answer["parts"]["server"]["model"])
+    except (subprocess.TimeoutExpired, ValueError, KeyError):
+        return "unknown: inv status"
 
 
 def down(
@@ -249,9 +266,40 @@ def logs(
 
 def shell(settings: Settings, engine: Engine, part: str = "opencode") -> None:
     """Open bash in a part's container. Raises NoStack."""
-    container = _container(project_of(settings, engine), part)
-    argv = engine.exec(container, "bash", interactive=True, tty=sys.stdin.isatty())
-    engine.ask(argv, timeout=None, terminal=True)
+    _on_terminal(project_of(settings, engine), part, "bash")
+
+
+def attach(settings: Settings, engine: Engine) -> None:
+    """Run OpenCode's terminal interface in the server's container. Raises NoStack."""
+    url = f"http://localhost:{PORT}"
+    _on_terminal(project_of(settings, engine), "opencode", "opencode", "attach", url)
+
+
+def login(settings: Settings, engine: Engine) -> None:
+    """Run OpenCode's log-in, whose result is in the state volume, and have the server read it.
+
+    Raises NoStack, LoginFailed, PartDown.
+    """
+    project = project_of(settings, engine)
+    if not _on_terminal(project, "opencode", "opencode", "auth", "login"):
+        remedy = "See its output above. A key can also be in server.env: docs/operations.md."
+        raise LoginFailed("opencode auth login failed or was cancelled", remedy)
+    engine.must("restart", project.container("opencode"))
+    wait(project, "opencode", project.state("opencode").restarts)
+    ok(f"model {_model(project)}")
+
+
+def _on_terminal(project: Project, part: str, *command: str) -> bool:
+    """Run a command on this terminal, and return whether it succeeded. Raises NoStack."""
+    container = _container(project, part)
+    argv = project.engine.exec(
+        container,
+        *command,
+        interactive=True,
+        tty=sys.stdin.isatty(),
+        detach_keys=DETACH,
+    )
+    return project.engine.ask(argv, timeout=None, terminal=True).ok
 
 
 def _container(project: Project, part: str) -> str:

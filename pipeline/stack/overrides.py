@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.settings import Stack
 from pipeline.core.state import write_json
+from pipeline.stack import trust
 from pipeline.stack.secrets import BACKUP, GATEWAY, SERVER
 from pipeline.stack.workspace import Workspace
 
@@ -16,21 +18,32 @@ LABEL = "opencode-server.settings"
 """The label with the digest of what a container was started with."""
 
 
-def services(workspace: Workspace) -> dict[str, dict[str, Any]]:
-    """Return what is added to each service, by part."""
-    server: dict[str, Any] = {"user": workspace.user}
-    if workspace.directory:
-        server["volumes"] = [f"{workspace.directory}:/workspace:z"]
-    # The backup reads and writes the server's state.
-    return {"opencode": server, "backup": {"user": workspace.user}, "gateway": {}}
+def services(workspace: Workspace, ca: Path | None = None) -> dict[str, dict[str, Any]]:
+    """Return what is added to each service, by part; ``ca`` is a bundle that they trust."""
+    mounts = [f"{ca}:{trust.MOUNTED}:ro,z"] if ca else []
+    project = [f"{workspace.directory}:/workspace:z"] if workspace.directory else []
+    # The backup reads and writes the server's state: both have its owner.
+    both = {
+        "user": workspace.user,
+        "environment": dict.fromkeys(trust.VARIABLES, trust.MOUNTED) if ca else {},
+    }
+    return {
+        "opencode": {**both, "volumes": [*mounts, *project]},
+        "backup": {**both, "volumes": mounts},
+        "gateway": {},
+    }
 
 
-def digests(added: Mapping[str, Any], secrets: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+def digests(
+    added: Mapping[str, Any], secrets: Mapping[str, Mapping[str, str]], stack: Stack
+) -> dict[str, str]:
     """Return for each part a digest of its settings; another one means: start it again."""
+    gateway = [stack.address, stack.port, stack.host, stack.tls]
     files = {"opencode": [SERVER], "backup": [BACKUP], "gateway": [SERVER, GATEWAY]}
     found = {}
     for part, names in files.items():
-        text = json.dumps([added[part], *(secrets[name] for name in names)], sort_keys=True)
+        values = [added[part], *(secrets[name] for name in names)]
+        text = json.dumps([*values, gateway if part == "gateway" else ""], sort_keys=True)
         found[part] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return found
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from pipeline.engines.container import STATE, Container, running
-from tests.conftest import Built
+from pipeline.stack import trust
+from tests.conftest import PODMAN, Built
 
 pytestmark = pytest.mark.engine
 
@@ -117,3 +119,73 @@ def test_a_state_of_another_user_is_an_error_with_the_command_that_helps(
     assert done.code == 1
     assert "Permission denied for UID 4321" in done.output
     assert "chown" in done.output
+
+
+HTTPS = """
+import http.server, ssl
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain("/keys/server.pem", "/keys/key.pem")
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 8443), http.server.SimpleHTTPRequestHandler)
+server.socket = context.wrap_socket(server.socket, server_side=True)
+server.serve_forever()
+"""
+FETCH = "fetch('https://localhost:8443/').then(answer => process.exit(answer.ok ? 0 : 1))"
+CLIENTS = {
+    "curl": "curl -fsS https://localhost:8443/",
+    "git": "git ls-remote https://localhost:8443/repository/.git",
+    "node": f'node -e "{FETCH}"',
+    "OpenCode": f'cd /tmp && BUN_BE_BUN=1 opencode -e "{FETCH}"',
+    "Python": "python3 -c \"import httpx; httpx.get('https://localhost:8443/').raise_for_status()\"",
+}
+"""A request by each kind of program, of which each has its own list of CAs."""
+
+
+@PODMAN
+@pytest.mark.usefixtures("unmoved")
+def test_every_program_trusts_the_networks_ca(
+    built: Built, office_ca: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o755)
+    _certificate(office_ca, tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(office_ca))
+    bundle = tmp_path / "bundle.crt"
+    trust.write(bundle, trust.bundle(""))
+    name = f"oc-trust-{built.engine.name}"
+    argv = built.engine.run(
+        built.inspect()["Id"],
+        "-c",
+        HTTPS,
+        entrypoint="/usr/bin/python3",
+        name=name,
+        detach=True,
+        workdir="/tmp",
+        volume=[f"{tmp_path}:/keys:ro", f"{bundle}:{trust.MOUNTED}:ro", STATE],
+    )
+    container = Container(built.engine, name, 0)
+    try:
+        done = built.engine.ask(argv)
+        assert done.ok, done.output
+        make = "git init -q /tmp/repository && cd /tmp/repository && git update-server-info"
+        shell(
+            container, f"{make} && curl -sk --retry 20 --retry-connrefused https://localhost:8443/"
+        )
+        variables = " ".join(f"{variable}={trust.MOUNTED}" for variable in trust.VARIABLES)
+        for client, command in CLIENTS.items():
+            trusting = container.exec("sh", "-c", f"export {variables}; {command}", timeout=60)
+            assert trusting.ok, (client, trusting.output)
+            assert not container.exec("sh", "-c", command, timeout=60).ok, client
+    finally:
+        built.engine.ask(built.engine.remove_container(name))
+
+
+def _certificate(office_ca: Path, home: Path) -> None:
+    """Have the CA sign a certificate for localhost: ``home``/server.pem and key.pem."""
+    words = ["req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    words += ["-addext", "subjectAltName=DNS:localhost"]
+    paths = ["-keyout", str(home / "key.pem"), "-out", str(home / "request.pem")]
+    subprocess.run(["openssl", *words, *paths], check=True, capture_output=True)
+    words = ["x509", "-req", "-in", str(home / "request.pem"), "-copy_extensions", "copy"]
+    words += ["-CA", str(office_ca), "-CAkey", str(office_ca.with_name("key.pem"))]
+    words += ["-CAcreateserial", "-out", str(home / "server.pem"), "-days", "2"]
+    subprocess.run(["openssl", *words], check=True, capture_output=True)
+    (home / "key.pem").chmod(0o644)

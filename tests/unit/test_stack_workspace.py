@@ -7,14 +7,16 @@ import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.core.errors import ProjectRefused
 from pipeline.core.settings import Settings
 from pipeline.engines.engine import Engine
+from pipeline.inputs import ca
 from pipeline.stack import git, overrides, workspace
-from pipeline.stack.compose import State
+from pipeline.stack.compose import Project, State
 from pipeline.stack.workspace import Workspace
 from tests.unit.test_stack_description import create_arguments, red
 
@@ -121,3 +123,34 @@ def test_a_url_with_a_password_is_not_cloned() -> None:
     with pytest.raises(ProjectRefused, match="has a password") as caught:
         git.clone(ENGINE, "opencode", "https://me:hidden@example.com/x")
     assert "hidden" not in str(caught.value)
+
+
+def test_the_cas_of_the_network_are_trusted_in_the_containers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = red(tmp_path)
+    for name in ca.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert services_of(project)["opencode"]["environment"] == {}
+    assert not list(tmp_path.glob("ca-*"))
+
+    own = tmp_path / "own.crt"
+    words = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    words += ["-keyout", str(tmp_path / "key"), "-out", str(own), "-subj", "/CN=ours"]
+    subprocess.run(["openssl", *words], check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(own))
+    project = red(tmp_path)
+    found = services_of(project)
+    (bundle,) = tmp_path.glob("ca-*.crt")
+    assert bundle.stat().st_mode & 0o777 == 0o644
+    assert own.read_text().strip() in bundle.read_text()
+    assert bundle.read_text().count("BEGIN CERTIFICATE") > 100  # the public ones too
+    for part in ("opencode", "backup"):
+        assert f"{bundle}:/etc/opencode/ca/ca.crt:ro,z" in found[part]["volumes"]
+        assert found[part]["environment"]["NODE_EXTRA_CA_CERTS"] == "/etc/opencode/ca/ca.crt"
+
+
+def services_of(project: Project) -> dict[str, Any]:
+    """Return what the file next to the secrets adds to compose.yaml, by part."""
+    written = json.loads(project.write_override().read_text())["services"]
+    return {name.rpartition("opencode-")[2]: service for name, service in written.items()}
