@@ -124,6 +124,7 @@ class Settings(_Section):
     engine: Literal["auto", "podman", "docker"] = "auto"
     image: str = Field("opencode-server", pattern=r"^[a-z0-9]+([._/-][a-z0-9]+)*$")
     ca: str = ""
+    packages: str = Field("", pattern=r"^[a-z0-9+.:=~ -]*$")
     platform: Literal["", "linux/amd64", "linux/arm64"] = ""
     base: Base = Base()
     openagents: OpenAgents = OpenAgents()

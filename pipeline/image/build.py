@@ -65,7 +65,7 @@ def build(
     else:
         found = base.ensure(engine, settings, dry_run=dry_run)
     tree = openagents.tree_hash(ROOT / "vendor" / openagents.NAME)
-    inputs = context.hash_inputs(ROOT, tree)
+    inputs = context.hash_inputs(ROOT, tree, settings.packages)
     record_file = BUILD / f"build-{engine.name}.json"
     last = read_json(record_file)
     changed = context.changes(last, inputs)
@@ -82,7 +82,8 @@ def build(
     edited = tree != fetched.tree
     values = labels.labels(settings.image, found, fetched, edited=edited, own_base=own_base)
     began = time.monotonic()
-    _run(engine, tag, found, f"{text}\n{labels.instruction(values)}", cache=cache)
+    text = f"{text}\n{labels.instruction(values)}"
+    _run(engine, tag, found, text, settings.packages, cache=cache)
     seconds = time.monotonic() - began
     # Inspect by tag: the ID that buildx reports is not always one that docker knows
     # (https://github.com/moby/moby/issues/45458).
@@ -123,6 +124,7 @@ def _run(
     tag: str,
     found: base.Base | None,
     text: str,
+    packages: str,
     *,
     cache: bool,
 ) -> None:
@@ -132,6 +134,8 @@ def _run(
         containerfile = Path(scratch) / "Containerfile"
         containerfile.write_text(text)
         build_args = {"BASE": found.reference} if found else {}
+        if packages:
+            build_args["PACKAGES"] = packages
         argv = engine.build(
             ROOT, tag=tag, containerfile=containerfile, build_args=build_args, cache=cache
         )

@@ -64,8 +64,10 @@ def files(root: Path) -> Iterator[str]:
                 yield path
 
 
-def hash_inputs(root: Path, openagents_tree: str) -> dict[str, str]:
+def hash_inputs(root: Path, openagents_tree: str, packages: str = "") -> dict[str, str]:
     """Return a hash of mode and content of each input, by path; OpenAgents as one tree.
+
+    ``packages`` is the setting of that name.
 
     Raises ContainerfileRefused for scripts that cannot run in a container.
     """
@@ -85,6 +87,8 @@ def hash_inputs(root: Path, openagents_tree: str) -> dict[str, str]:
             continue
         mode = f"{path.lstat().st_mode:o} ".encode()
         hashes[name] = hashlib.sha256(mode + content).hexdigest()
+    if packages:
+        hashes["the setting packages"] = packages
     return {**hashes, "vendor/OpenAgents": openagents_tree}
 
 

@@ -236,7 +236,7 @@ class Night:
 
     def inputs(self, commit: str) -> str:
         """Return a hash of what goes into the copy's image, with OpenAgents at ``commit``."""
-        hashes = json.dumps(hash_inputs(self.tree, commit), sort_keys=True)
+        hashes = json.dumps(hash_inputs(self.tree, commit, self.settings.packages), sort_keys=True)
         return hashlib.sha256(hashes.encode()).hexdigest()
 
     def inv(self, *words: str) -> None:

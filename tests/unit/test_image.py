@@ -192,6 +192,9 @@ def test_what_changed_since_the_last_build(tree: Path) -> None:
     assert not [path for path in before if "__pycache__" in path]
     assert changes({}, before) == changes({"inputs": {}}, before) == ["the first build here"]
     assert changes({"inputs": before}, before) == ["nothing changed"]
+    assert changes({"inputs": before}, hash_inputs(tree, "tree-1", "gcc")) == [
+        "the setting packages is new"
+    ]
     (tree / "config.json").write_text("{}")
     (tree / "scripts" / "status").rename(tree / "scripts" / "state")
     assert changes({"inputs": before}, hash_inputs(tree, "tree-2")) == [
