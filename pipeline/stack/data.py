@@ -24,7 +24,7 @@ from pipeline.core.state import read_json, write_json
 from pipeline.engines.engine import Engine
 from pipeline.image.tags import find, same_id, short_id
 from pipeline.stack.compose import Project, image_tag, project_of
-from pipeline.stack.lifecycle import exclusive, wait
+from pipeline.stack.lifecycle import exclusive, wait, wait_server
 from pipeline.stack.secrets import check_passwords
 
 BACKUP_SECONDS = 4 * 3600
@@ -80,7 +80,7 @@ def _settle(project: Project, record: dict[str, Any]) -> None:
     state = project.state("opencode")
     if state.running:
         try:
-            wait(project, "opencode", state.restarts)
+            wait_server(project, state.restarts)
         except PipelineError as error:
             warn(error.what)
         else:
@@ -111,10 +111,12 @@ def _move(project: Project, current: dict[str, Any], newer: dict[str, Any]) -> N
         with named():
             project.engine.tag(newer["Id"], image_tag(project.settings))
             # The server first: until it is healthy, the old backup can restore its data.
-            for part in ("opencode", "backup"):
-                project.start(part)
-                wait(project, part)
-                ok(f"{part:9} runs {short_id(newer)}")
+            project.start("opencode")
+            wait_server(project)
+            ok(f"opencode  runs {short_id(newer)}")
+            project.start("backup")
+            wait(project, "backup")
+            ok(f"backup    runs {short_id(newer)}")
     except PipelineError as error:
         warn(f"{error.what}\nrolling back to {short_id(current)}")
         _undo(project, record)
@@ -159,7 +161,7 @@ def _undo(project: Project, record: dict[str, Any]) -> None:
                 raise UpgradeStopped(f"cannot restore {record['backup']}", "", done.output)
             log(done.output)
             project.start("opencode")
-            wait(project, "opencode")
+            wait_server(project)
     except PipelineError as error:
         raise UpgradeStopped(
             f"cannot undo the upgrade: {error.what}",
@@ -205,7 +207,7 @@ def restore(
         finally:
             if stops_server:
                 project.start("opencode")
-                wait(project, "opencode")
+                wait_server(project)
                 ok("started the server")
         # The user has chosen this data: there is no interrupted upgrade to undo any more.
         project.note.unlink(missing_ok=True)

@@ -114,7 +114,7 @@ def up(
             ok(f"cloned {clone}")
             # The server reads the project when it starts.
             engine.must("restart", server)
-            wait(project, "opencode")
+            wait_server(project)
         _print_address(project)
 
 
@@ -156,6 +156,17 @@ def wait(project: Project, part: str, restarts: int = 0) -> None:
                 return
         time.sleep(0.1)
     raise _part_down(project, part, f"no answer within {seconds:g} s")
+
+
+def wait_server(project: Project, restarts: int = 0) -> None:
+    """Wait until the server answers, also through the gateway if that runs. Raises PartDown.
+
+    A moment longer: the server's name may still stand for its former container's address.
+    """
+    wait(project, "opencode", restarts)
+    front = project.state("gateway")
+    if front.running:
+        wait(project, "gateway", front.restarts)
 
 
 def _answers(project: Project, part: str) -> bool:
@@ -285,7 +296,7 @@ def login(settings: Settings, engine: Engine) -> None:
         remedy = "See its output above. A key can also be in server.env: docs/operations.md."
         raise LoginFailed("opencode auth login failed or was cancelled", remedy)
     engine.must("restart", project.container("opencode"))
-    wait(project, "opencode", project.state("opencode").restarts)
+    wait_server(project, project.state("opencode").restarts)
     ok(f"model {_model(project)}")
 
 

@@ -11,6 +11,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from concurrent import futures
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -33,12 +34,12 @@ class Upstream(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.seen: list[str] = []
         self.passwords: set[str] = set()
         self.bodies: list[int] = []
         self.go_on = threading.Event()
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(("127.0.0.1", port), Handler)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -282,6 +283,19 @@ def test_the_log_names_requests_without_secrets(front: Gateway) -> None:
     assert entry["request"]["method"] == "GET"
     for secret in (PASSWORD, UPSTREAM_PASSWORD, BASIC[6:], wrong, "of-a-user", "private"):
         assert secret not in said
+
+
+def test_a_request_waits_while_opencode_restarts() -> None:
+    upstream = free_port()
+    with gateway(upstream) as front, futures.ThreadPoolExecutor() as pool:
+        answer = pool.submit(front.ask, "/config")
+        with pytest.raises(futures.TimeoutError):
+            answer.result(1)
+        with Upstream(upstream) as late:
+            threading.Thread(target=late.serve_forever).start()
+            assert answer.result(30).status_code == 200
+            assert late.seen == ["GET /config"]
+            late.shutdown()
 
 
 def test_opencode_that_does_not_answer_is_a_502_without_secrets_in_the_log() -> None:
