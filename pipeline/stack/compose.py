@@ -153,7 +153,8 @@ class Project:
         return trust.bundle(self.settings.ca)
 
     def _added(self) -> dict[str, dict[str, Any]]:
-        return overrides.services(self.workspace, trust.place(self.home, self._ca))
+        ca = trust.place(self.home, self._ca)
+        return overrides.services(self.workspace, ca, podman=self.engine.podman)
 
     def _digests(self) -> dict[str, str]:
         return overrides.digests(self._added(), self.secrets, self.settings.stack)

@@ -18,7 +18,13 @@ LABEL = "opencode-server.settings"
 """The label with the digest of what a container was started with."""
 
 
-def services(workspace: Workspace, ca: Path | None = None) -> dict[str, dict[str, Any]]:
+HOST = "host.containers.internal"
+"""Podman's name for the machine, in its containers."""
+
+
+def services(
+    workspace: Workspace, ca: Path | None = None, *, podman: bool = True
+) -> dict[str, dict[str, Any]]:
     """Return what is added to each service, by part; ``ca`` is a bundle that they trust."""
     mounts = [f"{ca}:{trust.MOUNTED}:ro,z"] if ca else []
     project = [f"{workspace.directory}:/workspace:z"] if workspace.directory else []
@@ -28,7 +34,11 @@ def services(workspace: Workspace, ca: Path | None = None) -> dict[str, dict[str
         "environment": dict.fromkeys(trust.VARIABLES, trust.MOUNTED) if ca else {},
     }
     return {
-        "opencode": {**both, "volumes": [*mounts, *project]},
+        "opencode": {
+            **both,
+            "volumes": [*mounts, *project],
+            "extra_hosts": [] if podman else [f"{HOST}:host-gateway"],
+        },
         "backup": {**both, "volumes": mounts},
         "gateway": {},
     }

@@ -32,6 +32,8 @@ def test_the_stack_lives_is_closed_and_loses_nothing(stack: Up) -> None:
     assert requests.get(f"http://127.0.0.1:{stack.port}/config", timeout=20).status_code == 401
     session = stack.ask("/session", "POST", {"title": "kept"})["id"]
 
+    # Where a model on this machine is.
+    assert stack.inside("opencode", "getent", "hosts", "host.containers.internal")
     _is_closed(stack)
     front = Gateway(stack.port, password=stack.secrets("gateway.env")["GATEWAY_PASSWORD"])
     refuses_what_opencode_takes(front)

@@ -121,6 +121,26 @@ def test_a_state_of_another_user_is_an_error_with_the_command_that_helps(
     assert "chown" in done.output
 
 
+@PODMAN
+@pytest.mark.usefixtures("unmoved")
+def test_a_proxy_never_gets_what_goes_to_loopback(built: Built) -> None:
+    nowhere = "http://127.0.0.1:9"
+    names = ("http_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")
+    env = [*(f"{name}={nowhere}" for name in names), "no_proxy=git.example"]
+    image = built.inspect()
+    with running(built.engine, image["Id"], env=env) as container:
+        container.wait_ready(60)
+        command = (image["Config"].get("Healthcheck") or image["Healthcheck"])["Test"][-1]
+        assert built.engine.ask(built.engine.healthcheck(container.name, command)).ok
+        assert container.exec("/app/scripts/status").ok
+        assert container.server
+        session = container.server.send("POST", "/session", {}, timeout=60).json()["id"]
+        body = {"agent": "build", "command": "echo $no_proxy; curl -fsS localhost:4096/config"}
+        answer = container.server.send("POST", f"/session/{session}/shell", body, timeout=60).text
+        assert "git.example,localhost" in answer
+        assert "permission" in answer, answer
+
+
 HTTPS = """
 import http.server, ssl
 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
