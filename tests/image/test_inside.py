@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 
+from pipeline.core.settings import ROOT
 from pipeline.engines.container import SECRET, running
-from tests.conftest import Built
+from tests.conftest import PODMAN, Built
+from tests.image.conftest import derive
 
 pytestmark = pytest.mark.engine
 
@@ -45,3 +48,22 @@ def test_status_and_the_health_check_get_in(built: Built, password: str) -> None
             wrong = container.exec("env", f"{SECRET}=wrong", "sh", "-c", command)
             assert not wrong.ok
             assert "401" in wrong.stderr
+
+
+@PODMAN
+@pytest.mark.usefixtures("unmoved")
+def test_the_documented_image_of_ones_own_builds_and_serves(built: Built) -> None:
+    (recipe,) = re.findall(
+        r"FROM opencode-server\n(.+?)```", (ROOT / "docs/image.md").read_text(), re.DOTALL
+    )
+    agent = "---\ndescription: reviews\nmode: primary\n---\nYou review.\n"
+    image = derive(built, "own", *recipe.splitlines(), files={"reviewer.md": agent})
+    try:
+        with running(built.engine, image) as container:
+            container.wait_ready(60)
+            assert container.server
+            agents = container.server.get("/agent", timeout=60).json()
+            assert "reviewer" in {each["name"] for each in agents}
+            assert container.exec("tree", "--version").ok
+    finally:
+        built.engine.must("rmi", "--force", image)
