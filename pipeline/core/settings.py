@@ -97,6 +97,11 @@ class Notify(_Section):
     seconds: Seconds = 60
 
 
+MODEL_HOSTS = (
+    "api.anthropic.com api.openai.com generativelanguage.googleapis.com openrouter.ai opencode.ai"
+)
+
+
 class Stack(_Section):
     """What ``inv up`` starts.
 
@@ -109,12 +114,14 @@ class Stack(_Section):
     project: str = ""
     host: str = Field("", pattern=r"^[a-z0-9.-]*$")
     tls: Literal["none", "internal", "acme"] = "none"
-    egress: Literal["open", "none"] = "open"
+    egress: Literal["open", "models", "none"] = "open"
+    egress_hosts: str = Field(MODEL_HOSTS, pattern=r"^[A-Za-z0-9. -]*$")
     home: str = ""
     falkordb: str = ""
     valkey: str = ""
     gateway: str = ""
     agent: str = ""
+    proxy: str = ""
     ready_seconds: Seconds = 120
 
 

@@ -21,7 +21,7 @@ def shell_scripts() -> list[str]:
     A script is recognized by its first line, since most have no suffix.
     """
     paths = [ROOT / "inv"]
-    for folder in (".ci", "build_scripts", "deploy/gateway", "scripts"):
+    for folder in (".ci", "build_scripts", "deploy/egress", "deploy/gateway", "scripts"):
         paths += sorted((ROOT / folder).iterdir())
     shebang = re.compile(rb"#!.*\b(ba|da)?sh\b")
     scripts = [path for path in paths if path.is_file() and shebang.match(path.read_bytes())]

@@ -32,11 +32,13 @@ from pipeline.stack.workspace import Workspace
 
 PODS = COMPOSE.with_name("compose.pods.yaml")
 CLOSED = COMPOSE.with_name("compose.closed.yaml")
+MODELS = COMPOSE.with_name("compose.models.yaml")
 UNBOUNDED = COMPOSE.with_name("compose.unbounded.yaml")
 
 PARTS = (
     "falkordb",
     "valkey",
+    "egress",
     "opencode",
     "gateway",
     "backup",
@@ -154,7 +156,8 @@ class Project:
 
     def _added(self) -> dict[str, dict[str, Any]]:
         ca = trust.place(self.home, self._ca)
-        return overrides.services(self.workspace, ca, podman=self.engine.podman)
+        added = overrides.services(self.workspace, ca, podman=self.engine.podman)
+        return {part: service for part, service in added.items() if part in self.images}
 
     def _digests(self) -> dict[str, str]:
         return overrides.digests(self._added(), self.secrets, self.settings.stack)
@@ -173,6 +176,7 @@ class Project:
             "OPENCODE_AGENT_HOST": "opencode-datadog" if "datadog" in self.images else "",
             "GATEWAY_HOST": gateway.host(self.settings.stack),
             "GATEWAY_TLS": self.settings.stack.tls,
+            "EGRESS_HOSTS": self.settings.stack.egress_hosts,
             "OPENCODE_SERVER_USERNAME": self.user,
             "OPENCODE_LOG_DRIVER": "k8s-file" if self.engine.podman else "json-file",
             "COMPOSE_PROFILES": "datadog",
@@ -198,8 +202,10 @@ class Project:
             words += ["--file", str(PODS)]
         if not self.engine.bounded:
             words += ["--file", str(UNBOUNDED)]
-        if self.settings.stack.egress == "none":
+        if self.settings.stack.egress != "open":
             words += ["--file", str(CLOSED)]
+        if "egress" in self.images:
+            words += ["--file", str(MODELS)]
         words += ["--file", str(self.write_override())]
         words += ["up", "--detach", "--no-deps"]
         words += ["opencode" if part == "opencode" else f"opencode-{part}" for part in parts]
@@ -302,7 +308,7 @@ def project_of(settings: Settings, engine: Engine) -> Project:
     known = read(home(settings))
     ours = engine.local(image_tag(settings))
     images = {"opencode": ours, "backup": ours}
-    for part in other_parts(known):
+    for part in other_parts(settings, known):
         images[part] = databases.find(settings, engine, part)
     if not images.get("datadog"):
         images.pop("datadog", None)
@@ -315,7 +321,8 @@ def image_tag(settings: Settings) -> str:
     return f"{settings.image}:stack-{settings.stack.name}"
 
 
-def other_parts(known: Mapping[str, Mapping[str, str]]) -> list[str]:
+def other_parts(settings: Settings, known: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Return the parts that run other images than the server's; the Agent only with a key."""
+    proxy = ["egress"] if settings.stack.egress == "models" else []
     agent = ["datadog"] if known[AGENT].get("DD_API_KEY") else []
-    return ["falkordb", "valkey", "gateway", *agent]
+    return ["falkordb", "valkey", *proxy, "gateway", *agent]

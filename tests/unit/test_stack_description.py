@@ -50,7 +50,7 @@ def red(home: Path, engine: Engine | None = None) -> Project:
         Settings.model_validate({"stack": stack}),
         home,
         SECRETS,
-        {part: f"localhost/{part}:1" for part in PARTS},
+        {part: f"localhost/{part}:1" for part in PARTS if part != "egress"},
     )
 
 
@@ -217,7 +217,9 @@ def test_only_the_gateway_is_published_and_on_loopback(
     assert published == {"gateway": "127.0.0.1:5000:4096"}
     assert {part: each[-1] for part, each in words.items()}["opencode"] == "localhost/opencode:1"
     names = {part: next(w for w in each if w.startswith("--name=")) for part, each in words.items()}
-    assert {part: f"--name={red(tmp_path).container(part)}" for part in PARTS} == names
+    assert {
+        part: f"--name={red(tmp_path).container(part)}" for part in red(tmp_path).parts
+    } == names
 
 
 def test_the_backup_copies_the_volume_that_the_server_writes_to() -> None:
@@ -256,6 +258,7 @@ def podman_result(stdout: str, *, ok: bool) -> Any:
         ("state-red-0\nother", True, ["compose.yaml", "compose.pods.yaml"]),
         ("state-blue-0", False, ["compose.yaml", "compose.unbounded.yaml"]),
         ("red_state", True, ["compose.yaml", "compose.closed.yaml"]),
+        ("red_state", True, ["compose.yaml", "compose.closed.yaml", "compose.models.yaml"]),
     ],
 )
 def test_which_files_are_used(tmp_path: Path, volumes: str, bounded: Any, files: list[str]) -> None:
@@ -263,8 +266,11 @@ def test_which_files_are_used(tmp_path: Path, volumes: str, bounded: Any, files:
     Recorder.volumes, Recorder.commands = volumes, []
     stack = red(tmp_path, engine)
     if "compose.closed.yaml" in files:
-        closed = stack.settings.stack.model_copy(update={"egress": "none"})
-        stack = replace(stack, settings=stack.settings.model_copy(update={"stack": closed}))
+        egress = "models" if "compose.models.yaml" in files else "none"
+        closed = stack.settings.stack.model_copy(update={"egress": egress})
+        images = {**stack.images, **({"egress": "tinyproxy:1"} if egress == "models" else {})}
+        settings = stack.settings.model_copy(update={"stack": closed})
+        stack = replace(stack, settings=settings, images=images)
     stack.start("valkey", "opencode")
     argv = Recorder.commands[-1]
     given = [Path(argv[at + 1]).name for at, word in enumerate(argv) if word == "--file"]
