@@ -164,7 +164,7 @@ def secrets(subject: ImageSubject) -> str:
 def packages(subject: ImageSubject) -> str:
     """Every Python package of the contract can be imported from /opt/venv."""
     # nice: the server starts meanwhile, and the test waits for that.
-    quiet = ("nice", "-n19", "env", "DD_TRACE_ENABLED=false", "PYTHONDONTWRITEBYTECODE=1")
+    quiet = ("nice", "-n5", "env", "DD_TRACE_ENABLED=false", "PYTHONDONTWRITEBYTECODE=1")
     python = (
         *quiet,
         "/opt/venv/bin/python",
@@ -179,7 +179,7 @@ def packages(subject: ImageSubject) -> str:
 
 def programs(subject: ImageSubject) -> str:
     """Every program of the contract runs."""
-    versions = run_inside(subject.container, "nice", "-n19", "sh", "-c", PROGRAMS)
+    versions = run_inside(subject.container, "nice", "-n5", "sh", "-c", PROGRAMS)
     return ", ".join(versions.splitlines()[:5])
 
 
@@ -258,8 +258,11 @@ def health_check(subject: ImageSubject) -> str:
     if HEALTH_COMMAND not in command or not HEALTHCHECK.items() <= check.items():
         raise ProbeFailed(f"differs from the contract: {check}")
     engine = subject.container.engine
-    done = engine.ask(engine.healthcheck(subject.container.name, command), timeout=SECONDS)
-    if not done.ok:
+    for _ in range(3):  # As the engines do before they report a container as unhealthy.
+        done = engine.ask(engine.healthcheck(subject.container.name, command), timeout=SECONDS)
+        if done.ok:
+            break
+    else:
         # The server answers by now: the check's own limit of 8 s has passed on a busy machine.
         raise ProbeLate(f"the health check failed: {done.output[-200:]}")
     return "passes"

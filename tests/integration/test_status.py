@@ -148,7 +148,7 @@ def test_a_request_that_hangs_once_is_made_again() -> None:
         over.set()
     assert (code, result["state"]) == (0, "ok")
     assert asked[1:] == ["/global/health", "/global/health", "/config", "/config/providers"]
-    assert result["seconds"] < 1.5, "half of the time was left for the rest"
+    assert result["seconds"] < 4.5, "half of the time was left for the rest"
 
 
 def test_falkordb_counts_its_graphs() -> None:
