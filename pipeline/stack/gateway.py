@@ -8,6 +8,7 @@ import ssl
 from http import HTTPStatus
 
 from pipeline.core.settings import Stack
+from pipeline.engines.container import WORK
 
 ANSWER_SECONDS = 5
 
@@ -21,6 +22,15 @@ def url(stack: Stack) -> str:
     """Return the URL for clients."""
     scheme = "http" if stack.tls == "none" else "https"
     return f"{scheme}://{host(stack)}:{stack.port}"
+
+
+def page(stack: Stack) -> str:
+    """Return the page of the web interface where /workspace is the project.
+
+    Without its path in the URL, the web interface of OpenCode 1.18 lists the home directory.
+    """
+    workspace = base64.urlsafe_b64encode(WORK.encode()).decode().rstrip("=")
+    return f"{url(stack)}/{workspace}"
 
 
 def problem(stack: Stack, user: str, password: str) -> str:

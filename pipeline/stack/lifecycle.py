@@ -195,7 +195,7 @@ def _part_down(project: Project, part: str, reason: str) -> PartDown:
 
 def _print_address(project: Project) -> None:
     path = project.home / secrets.GATEWAY
-    log(f"Open {gateway.url(project.settings.stack)} in a browser, or: inv attach")
+    log(f"Open {gateway.page(project.settings.stack)} in a browser, or: inv attach")
     log(f"  user {project.user}, password: GATEWAY_PASSWORD in {path}")
     log(f"  model {_model(project)}")
 
