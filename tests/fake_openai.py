@@ -67,12 +67,13 @@ class Failure:
 @dataclass
 class FakeOpenAI:
     """The endpoint's state; ``url`` is its base URL. ``wrong`` is what was malformed: a test ends
-    with it empty.
+    with it empty. ``around`` is what structured answers of /v1/chat/completions are wrapped in.
     """
 
     reply: Reply = quiet
     key: str = KEY
     dimensions: int = 1024
+    around: str = "%s"
     url: str = ""
     port: int = 0
     requests: list[tuple[str, Json]] = field(default_factory=list)
@@ -311,6 +312,8 @@ def think(fake: FakeOpenAI, body: Json) -> str | Call:
 def chat(fake: FakeOpenAI, body: Json) -> tuple[Json, list[Json]]:
     """Answer /v1/chat/completions: the whole answer, and the same as a stream's chunks."""
     answer = think(fake, body)
+    if body.get("response_format") and isinstance(answer, str):
+        answer = fake.around.replace("%s", answer)
     stamp: Json = {"id": "chatcmpl-1", "created": int(time.time()), "model": body["model"]}
     usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
     if isinstance(answer, Call):

@@ -96,6 +96,42 @@ def test_what_others_say_too_is_not_forgotten(rig: Rig) -> None:
     assert rig.json("status")["graph"]["memories"] == 0
 
 
+def test_what_is_forgotten_is_in_no_summary(rig: Rig) -> None:
+    (first,) = add(rig, "Bob owns Redis.")
+    add(rig, "Bob knows Carol.", "Bob owns Vim.")
+    rig.run("work", "--once")
+    everything = "'Bob owns Redis. Bob knows Carol. Bob owns Vim.'"
+    query = f"MATCH (n:Entity {{name: 'Bob'}}) SET n.summary = {everything}"
+    rig.redis("FALKORDB", "GRAPH.QUERY", rig.env["MEMORY_PROJECT"], query)
+
+    def summary() -> str:
+        found = rig.json("search", "bob", "--entities")["entities"]
+        return next(str(each["summary"]) for each in found if each["name"] == "Bob")
+
+    rig.run("forget", first)
+    left = sorted(sentence.strip() for sentence in summary().split(".") if sentence.strip())
+    assert left == ["Bob knows Carol", "Bob owns Vim"]
+    (fact,) = [
+        each for each in rig.json("search", "carol")["facts"] if each["fact"] == "Bob knows Carol."
+    ]
+    assert rig.json("forget", fact["id"])["forgot"] == "fact"
+    assert summary().strip() == "Bob owns Vim."
+
+
+def test_everything_that_was_forgotten_can_be_imported_again(rig: Rig) -> None:
+    (first,) = add(rig, "Frank likes Tea.")
+    rig.run("work", "--once")
+    add(rig, "Heidi waits.")
+    exported = rig.run("export").stdout
+    assert rig.run("import", "-", "--json", given=exported).output["known"] == 2
+    assert rig.json("forget", "--everything")["graph"]
+    assert rig.run("import", "-", "--json", given=exported).output["imported"] == 2
+    rig.run("work", "--once")
+    assert rig.run("export").stdout == exported
+    rig.run("forget", first)
+    assert rig.json("add", "Frank likes Tea.", "--id", first)["state"] == "queued"
+
+
 def test_a_fact_that_holds_no_longer_says_until_when(rig: Rig) -> None:
     add(rig, "Dave leads Team5", "Dave leads Team5 no longer")
     rig.run("work", "--once")
@@ -175,6 +211,16 @@ OUTAGES: dict[str, dict[str, Any]] = {
     "hangs up": {"status": 0},
     "embeddings": {"status": 500, "path": "/embeddings", "headers": {"Retry-After-Ms": "5"}},
 }
+
+
+def test_thoughts_and_prose_around_json_and_the_longest_answer(rig: Rig, fake: FakeOpenAI) -> None:
+    fake.around = (
+        "<think>Is it {this} or [that]?</think>\nHere it is {sic}:\n```json\n%s\n```\nDone."
+    )
+    add(rig, "Uma met Victor.")
+    assert rig.run("work", "--once", MEMORY_MAX_TOKENS="900", MEMORY_MODEL_API="chat").code == 0
+    assert rig.json("status")["graph"] == {"memories": 1, "entities": 2, "facts": 1}
+    assert {body["max_tokens"] for body in fake.asked("/chat/completions")} == {900}
 
 
 def test_a_model_that_is_out_costs_nothing(rig: Rig, fake: FakeOpenAI) -> None:

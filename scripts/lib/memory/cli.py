@@ -30,7 +30,7 @@ environment variables (defaults); docs/memory.md describes them:
   OPENAI_API_KEY, OPENAI_BASE_URL, MEMORY_MODEL, MEMORY_SMALL_MODEL, MEMORY_MODEL_API (auto)
   MEMORY_EMBEDDING_MODEL (text-embedding-3-small), _DIM (1024), _BASE_URL, _API_KEY
   MEMORY_PROJECT, MEMORY_WORKERS (2), MEMORY_CONCURRENCY (5), MEMORY_ATTEMPTS (4),
-  MEMORY_TIMEOUT (120), MEMORY_BACKOFF (2), MEMORY_LEASE (30)"""
+  MEMORY_TIMEOUT (120), MEMORY_MAX_TOKENS (16384), MEMORY_BACKOFF (2), MEMORY_LEASE (30)"""
 
 EXIT_CODES: dict[type[Exception], int] = {
     Invalid: os.EX_DATAERR,
@@ -171,7 +171,7 @@ async def import_file(memories: Memories, name: str) -> Answer:
         except (ValueError, AttributeError):
             raise Invalid(f"{name}, line {number}: not a JSON object") from None
         parsed.append(make_memory(**fields))
-    states = [(await memories.add(memory))["state"] for memory in parsed]
+    states = [(await memories.add(memory, given=True))["state"] for memory in parsed]
     known = states.count("already known")
     return {
         "project": memories.project,
@@ -211,7 +211,8 @@ async def execute(options: argparse.Namespace, memories: Memories) -> Answer:
     match options.command:
         case "add":
             text = read_text("-") if options.text == "-" else options.text
-            result = memories.add(make_memory(text, options.about, options.at, options.id))
+            memory = make_memory(text, options.about, options.at, options.id)
+            result = memories.add(memory, given=bool(options.id))
         case "search":
             result = memories.search(
                 options.query,

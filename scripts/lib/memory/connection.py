@@ -28,7 +28,7 @@ class Connection:
             # The import takes 0.1 s, in which the MCP server goes on answering.
             await asyncio.to_thread(importlib.import_module, "redis.asyncio")
             self._client = self._database.async_client(self._timeout)
-        from redis.exceptions import ConnectionError, ResponseError, TimeoutError  # noqa: A004
+        from redis.exceptions import ConnectionError, RedisError, TimeoutError  # noqa: A004
 
         database = self._database
         name = database.name
@@ -46,7 +46,7 @@ class Connection:
                 f"{PRODUCTS[name]} does not answer at {database.address}{reason};"
                 f" check {name}_HOST, {name}_PORT, {name}_PASSWORD and {name}_TLS"
             ) from error
-        except ResponseError as error:
+        except RedisError as error:
             # What follows errCtx quotes the query, and so the text of memories.
             reason = str(error).partition(" errCtx")[0][:200]
             if "unknown command" in reason:

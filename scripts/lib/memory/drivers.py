@@ -1,5 +1,6 @@
 """Graphiti's driver and models: writes in one transaction, few retries. Imports Graphiti."""
 
+import json
 import re
 from typing import Any
 
@@ -113,6 +114,37 @@ class Driver(FalkorDriver):  # type: ignore[misc]
             raise Superseded
 
 
+class Bounded(LLMClient):  # type: ignore[misc]
+    """Keeps Graphiti's own requests for longer answers within ``max_tokens``."""
+
+    async def generate_response(
+        self, *args: Any, max_tokens: int | None = None, **kwargs: Any
+    ) -> Any:
+        """Ask the model."""
+        limit = min(max_tokens or self.max_tokens, self.max_tokens)
+        return await super().generate_response(*args, max_tokens=limit, **kwargs)
+
+
+class ResponsesClient(Bounded, OpenAIClient):  # type: ignore[misc]
+    """Graphiti's client of OpenAI."""
+
+
+class GenericClient(Bounded, OpenAIGenericClient):  # type: ignore[misc]
+    """Graphiti's client of compatible servers, for models that add to the JSON they return."""
+
+    @staticmethod
+    def _strip_code_fences(text: str) -> str:
+        """Return the first JSON object or array after a model's thoughts, without prose."""
+        answer = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
+        for start in re.finditer(r"[{\[]", answer):
+            try:
+                _, end = json.JSONDecoder().raw_decode(answer, start.start())
+            except ValueError:
+                continue
+            return answer[start.start() : end]
+        return answer
+
+
 class Model:
     """The language model, the embedder, and the reranker, which Graphiti requires."""
 
@@ -136,14 +168,16 @@ class Model:
             settings.model or None,
             openai_url,
             small_model=small_model,
+            max_tokens=settings.max_tokens,
         )
         if settings.api == "responses":
-            self.llm = OpenAIClient(config, client=self._client)
+            self.llm = ResponsesClient(config, client=self._client)
         else:
             mode = "json_object" if settings.api == "json" else "json_schema"
-            self.llm = OpenAIGenericClient(
+            self.llm = GenericClient(
                 config,
                 client=self._client,
+                max_tokens=settings.max_tokens,
                 structured_output_mode=mode,
             )
         embedding = OpenAIEmbedderConfig(

@@ -32,6 +32,7 @@ SET e.claim = $claim
 RETURN e.uuid
 """
 CLAIMED = "MATCH (claimed:Episodic {uuid: $id, claim: $claim}) WITH 1 AS held"
+HAS = "MATCH (e:Episodic {uuid: $id}) WHERE NOT coalesce(e.pending, false) RETURN 1"
 RECENT = """
 MATCH (e:Episodic) WHERE NOT coalesce(e.pending, false)
 RETURN e.uuid ORDER BY e.valid_at DESC LIMIT $limit
@@ -45,6 +46,12 @@ COUNTS = """
 OPTIONAL MATCH (e:Episodic) WITH count(e) AS memories
 OPTIONAL MATCH (n:Entity) WITH memories, count(n) AS entities
 OPTIONAL MATCH (:Entity)-[r:RELATES_TO]->(:Entity) RETURN memories, entities, count(r)
+"""
+# A summary may repeat what is forgotten: it becomes the facts that are left.
+SUMMARIZE = """
+OPTIONAL MATCH (n)-[left:RELATES_TO]-(:Entity)
+WITH n, collect(DISTINCT left.fact) AS facts
+SET n.summary = reduce(text = '', fact IN facts | text + fact + ' ')
 """
 # Deletes what only this memory says. A fact that other memories say too keeps those as sources.
 FORGET = (
@@ -63,9 +70,16 @@ OPTIONAL MATCH (other:Episodic)-[:MENTIONS]->(n) WHERE other.uuid <> $id
 WITH n, count(other) AS others WHERE others = 0
 DETACH DELETE n
 """,
+    "MATCH (e:Episodic {uuid: $id})-[:MENTIONS]->(n:Entity)" + SUMMARIZE,
     "MATCH (e:Episodic {uuid: $id}) DETACH DELETE e",
 )
-FORGET_FACT = "MATCH (:Entity)-[r:RELATES_TO {uuid: $id}]->(:Entity) DELETE r RETURN count(r)"
+FORGET_FACT = """
+MATCH (a:Entity)-[r:RELATES_TO {uuid: $id}]->(b:Entity) UNWIND [a, b] AS n
+OPTIONAL MATCH (n)-[left:RELATES_TO]-(:Entity) WHERE left.uuid <> $id
+WITH n, r, collect(DISTINCT left.fact) AS facts
+SET n.summary = reduce(text = '', fact IN facts | text + fact + ' ')
+WITH DISTINCT r DELETE r RETURN count(r)
+"""
 FORGET_ENTITY = "MATCH (n:Entity {uuid: $id}) DETACH DELETE n RETURN count(n)"
 
 
@@ -273,6 +287,10 @@ class Graph(Connection):
                 strict=True,
             )
         )
+
+    async def has(self, project: str, uuid: str) -> bool:
+        """Whether a memory has been ingested."""
+        return bool(await self.query(project, HAS, id=uuid))
 
     async def forget(self, project: str, uuid: str) -> str:
         """Delete a memory with what only it says, or a fact, or an entity.

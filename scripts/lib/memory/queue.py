@@ -9,7 +9,8 @@ Only the holder of a project's lease reads its queue, so memories are ingested i
 - ``memory:{P}:tries``     hash: how often an entry failed, and how often a worker died over it
 - ``memory:{P}:lease``     the worker that ingests, with an expiry
 - ``memory:{P}:pause``     why nothing is ingested at the moment, with an expiry
-- ``memory:{P}:seen:ID``   this memory was queued in the last week; adding it again does nothing
+- ``memory:{P}:ids``       set of the IDs in the queue and the dead letters; adding one again does
+  nothing
 """
 
 import time
@@ -19,13 +20,17 @@ from typing import Any
 from lib.common.databases import Database
 from lib.memory.connection import Connection
 
-SEEN_SECONDS = 7 * 24 * 3600
 PROJECTS = "memory:projects"
 COMMAND_SECONDS = 10.0
 
 ADD = """
-if not redis.call('SET', KEYS[2], '1', 'NX', 'EX', ARGV[1]) then return 0 end
+if redis.call('SADD', KEYS[2], ARGV[1]) == 0 then return 0 end
 redis.call('XADD', KEYS[1], '*', unpack(ARGV, 2))
+return 1
+"""
+REMOVE = """
+if redis.call('XDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
+redis.call('SREM', KEYS[2], ARGV[2])
 return 1
 """
 # Whoever deletes the entry moves it: a worker that lost its lease moves nothing.
@@ -76,11 +81,11 @@ class Queue(Connection):
             return await client.execute_command(*words)
 
     async def add(self, project: str, memory: Memory) -> bool:
-        """Queue a memory; return False when it was queued before."""
+        """Queue a memory; return False when it is in the queue or the dead letters."""
         await self.command("SADD", PROJECTS, project)
-        keys = (key(project, "queue"), key(project, f"seen:{memory.id}"))
+        keys = (key(project, "queue"), key(project, "ids"))
         words = flatten(asdict(memory))
-        return bool(await self.command("EVAL", ADD, 2, *keys, SEEN_SECONDS, *words))
+        return bool(await self.command("EVAL", ADD, 2, *keys, memory.id, *words))
 
     async def projects(self) -> list[str]:
         """Return the projects that have ever queued something."""
@@ -146,11 +151,15 @@ class Queue(Connection):
         """Count failures, deaths of workers ("died") or of FalkorDB ("crashed"); return the sum."""
         return int(await self.command("HINCRBY", key(project, "tries"), f"{entry}:{what}", by))
 
-    async def remove(self, project: str, entry: str, stream: str = "queue") -> int:
-        """Delete an entry and its counts; return how many entries were deleted."""
+    async def remove(self, project: str, entry: str, memory: str, stream: str = "queue") -> int:
+        """Delete the entry of a memory and its counts; return how many entries were deleted."""
+        await self._remove_counts(project, entry)
+        keys = (key(project, stream), key(project, "ids"))
+        return int(await self.command("EVAL", REMOVE, 2, *keys, entry, memory))
+
+    async def _remove_counts(self, project: str, entry: str) -> None:
         counts = [f"{entry}:{what}" for what in ("failed", "died", "crashed")]
         await self.command("HDEL", key(project, "tries"), *counts)
-        return int(await self.command("XDEL", key(project, stream), entry))
 
     async def bury(self, project: str, entry: str, memory: Memory, reason: str) -> None:
         """Move an entry to the dead letters."""
@@ -164,7 +173,7 @@ class Queue(Connection):
         )
         keys = (key(project, "queue"), key(project, "dead"))
         await self.command("EVAL", MOVE, 2, *keys, entry, *words)
-        await self.remove(project, entry)
+        await self._remove_counts(project, entry)
 
     async def retry(self, project: str, entry: str, memory: Memory) -> None:
         """Move a dead letter back to the queue."""
@@ -177,7 +186,7 @@ class Queue(Connection):
         for stream in ("queue", "dead"):
             for entry, fields in await self.entries(project, stream):
                 if fields["id"] == memory_id:
-                    removed += await self.remove(project, entry, stream)
+                    removed += await self.remove(project, entry, memory_id, stream)
         return removed
 
     async def forget_project(self, project: str) -> None:
@@ -189,6 +198,7 @@ class Queue(Connection):
                 "dead",
                 "tries",
                 "pause",
+                "ids",
             )
         ]
         await self.command("DEL", *keys)

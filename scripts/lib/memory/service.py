@@ -64,10 +64,17 @@ class Memories:
         await self.queue.close()
         await self.graph.close()
 
-    async def add(self, memory: Memory) -> Answer:
-        """Queue a memory; without Valkey, ingest it at once, which takes seconds."""
+    async def add(self, memory: Memory, *, given: bool = False) -> Answer:
+        """Queue a memory; without Valkey, ingest it at once, which takes seconds.
+
+        With ``given`` its ID is the caller's, so that it may be in the graph already.
+        """
+        known = False
+        if given:
+            with contextlib.suppress(Unavailable):
+                known = await self.graph.has(self.project, memory.id)
         try:
-            added = await self.queue.add(self.project, memory)
+            added = not known and await self.queue.add(self.project, memory)
         except Unavailable as error:
             return await self._ingest(memory, error)
         state = "queued" if added else "already known"

@@ -53,6 +53,8 @@ class Settings(Environment):
     # Projects in parallel, and requests to the model in parallel for each memory.
     workers: int = Field(2, ge=0, le=64)
     concurrency: int = Field(5, ge=1, le=256)
+    # The longest answer of the model; some servers refuse requests for more than they can give.
+    max_tokens: int = Field(16384, ge=256)
     # Failures before a memory becomes a dead letter, and the first pause after a failure.
     attempts: int = Field(4, ge=1, le=100)
     backoff: float = Field(2, ge=0.001, le=600)

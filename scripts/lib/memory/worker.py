@@ -83,13 +83,13 @@ class Worker:
                 try:
                     pending = await self._start_tasks()
                     failures = 0
-                except Unavailable as error:
+                except Exception as error:  # a worker ends only when it is told to
                     if until_empty:
                         raise
                     pending = True
                     failures += 1
                     if failures == 1:
-                        log(str(error))
+                        log(str(error) or type(error).__name__)
                     seconds = self._backoff(failures, MAX_RECONNECT_SECONDS)
                 task = asyncio.current_task()
                 if task and task.cancelling():
@@ -149,7 +149,7 @@ class Worker:
                 # The worker has not died, even if it is cancelled.
                 await self.queue.count(project, entry, "died", -1)
             if failure is None:
-                await self.queue.remove(project, entry)
+                await self.queue.remove(project, entry, memory.id)
             elif await self._handle_failure(project, entry, memory, failure):
                 return
 
