@@ -207,6 +207,7 @@ OUTAGES: dict[str, dict[str, Any]] = {
     "rate limit": {"status": 429, "headers": {"Retry-After-Ms": "5"}},
     "wrong key": {"status": 401},
     "no such model": {"status": 404},
+    "a setting that no request may have": {"status": 400, "path": "/chat/completions"},
     "out of order": {"status": 503, "headers": {"Retry-After-Ms": "5"}},
     "hangs up": {"status": 0},
     "embeddings": {"status": 500, "path": "/embeddings", "headers": {"Retry-After-Ms": "5"}},

@@ -13,6 +13,8 @@ from graphiti_core.llm_client import LLMConfig, OpenAIClient
 from graphiti_core.llm_client.client import LLMClient
 from graphiti_core.llm_client.errors import RateLimitError
 from graphiti_core.llm_client.openai_generic_client import OpenAIGenericClient
+from graphiti_core.prompts.models import Message
+from pydantic import BaseModel
 from redis.exceptions import ConnectionError  # noqa: A004
 from tenacity import stop_after_attempt
 
@@ -29,8 +31,13 @@ OUTAGES = (
 )
 """Errors that are not due to the memory: no connection, rate limit, wrong key, no such model."""
 
-AMBIGUOUS = (openai.APITimeoutError, openai.InternalServerError)
-"""Errors of a model that is down, or that fails on this memory."""
+AMBIGUOUS = (
+    openai.APITimeoutError,
+    openai.InternalServerError,
+    openai.BadRequestError,
+    openai.UnprocessableEntityError,
+)
+"""Errors of a model that is down, of a setting that it refuses, or due to this memory."""
 
 OWN_STOP_WORDS = """
 CALL db.indexes() YIELD label, types, stopwords, entitytype
@@ -114,6 +121,12 @@ class Driver(FalkorDriver):  # type: ignore[misc]
             raise Superseded
 
 
+class Ping(BaseModel):
+    """The answer to a request that only tests the model."""
+
+    ok: bool
+
+
 class Bounded(LLMClient):  # type: ignore[misc]
     """Keeps Graphiti's own requests for longer answers within ``max_tokens``."""
 
@@ -187,8 +200,10 @@ class Model:
         self.reranker = OpenAIRerankerClient(config, client=self._client)
 
     async def ping(self) -> None:
-        """Send a small request to the embedder and to the model."""
+        """Send a small request to the embedder and to the model, like those for a memory."""
         await self.embedder.create(input_data=["ok"])
-        messages = [{"role": "user", "content": "Say ok."}]
-        model = self.llm.model or "gpt-4.1-mini"
-        await self._client.chat.completions.create(model=model, messages=messages)
+        messages = [
+            Message(role="system", content="You answer with JSON."),
+            Message(role="user", content='Answer {"ok": true}.'),
+        ]
+        await self.llm.generate_response(messages, response_model=Ping)
