@@ -118,6 +118,17 @@ def test_what_is_forgotten_is_in_no_summary(rig: Rig) -> None:
     assert summary().strip() == "Bob owns Vim."
 
 
+def test_that_nobody_ingests_is_a_problem(rig: Rig) -> None:
+    add(rig, "Frank likes Tea.")
+    assert rig.json("status")["problems"] == []
+    words = ("id", str(uuid.uuid4()), "text", "Ivan waits.", "at", "2026-01-01T00:00:00+00:00")
+    rig.redis("VALKEY", "DEL", rig.key("queue"))
+    rig.redis("VALKEY", "XADD", rig.key("queue"), "1-1", *words)
+    (problem,) = rig.json("status")["problems"]
+    assert problem.startswith("memories wait: 1,")
+    assert "no worker runs" in problem
+
+
 def test_everything_that_was_forgotten_can_be_imported_again(rig: Rig) -> None:
     (first,) = add(rig, "Frank likes Tea.")
     rig.run("work", "--once")

@@ -14,6 +14,8 @@ from lib.memory.settings import Settings, Unavailable
 MAX_LENGTH = 100_000
 """Characters of one memory; no model processes a longer text at once."""
 DIRECT_SECONDS = 300.0
+IDLE_SECONDS = 60
+"""How long memories may wait without a worker; those that run look twice in a second."""
 
 Answer = dict[str, Any]
 
@@ -191,6 +193,13 @@ class Memories:
                 problems.append(f"{queue['dead']} dead letters: run memory dead")
             if queue["paused"]:
                 problems.append(f"the queue is paused: {queue['paused']}")
+            idle = queue["waiting"] and not queue["worker"] and not queue["paused"]
+            if idle and queue["oldest_seconds"] > IDLE_SECONDS:
+                oldest = f"{queue['oldest_seconds']:.0f} s"
+                problems.append(
+                    f"memories wait: {queue['waiting']}, the oldest for {oldest},"
+                    " and no worker runs: memory work"
+                )
         except Unavailable as error:
             problems.append(str(error))
         try:
